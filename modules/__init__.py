@@ -1,0 +1,1 @@
+"""Mamba-ASR: frontend, encoders, decoders, searches and the Brains that train them."""

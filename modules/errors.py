@@ -1,0 +1,8 @@
+"""The one exception that means "the user can fix this"."""
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: says the value, what was expected and the remedy.
+
+    The command lines print it without a stack trace and exit with status 2.
+    """

@@ -1,0 +1,1 @@
+"""Operators with several backends; each folder holds one operator and picks its backend."""
