@@ -1,0 +1,167 @@
+"""Attention and state-space decoders: tokens (B, U) and memory (B, T, D) -> (B, U, D).
+
+A decoder reads the memory once (`start`), then advances token by token or all at once with the
+same code (`advance`); training and search differ only in how many tokens they pass.
+"""
+
+import torch
+from torch import nn
+
+from modules.attention import CachedAttention, sine_encoding
+from modules.encoder import FeedForward
+from modules.initialization import initialize
+from modules.lengths import valid_frames, zero_padding
+from modules.mamba import Mamba
+
+
+class MambaDecoderLayer(nn.Module):
+    """x + Mamba(LN(x)); x + Mamba([memory; LN(x)]) at the tokens; x + FFN(LN(x)).
+
+    Arguments
+    ---------
+    d_model, d_ffn : int
+    activation : type
+    dropout : float
+        Inside the feed-forward module.
+    d_state, expand, d_conv : int
+        See `Mamba`.
+    """
+
+    def __init__(
+        self, d_model, d_ffn, activation=nn.GELU, dropout=0.1, d_state=16, expand=2, d_conv=4
+    ):
+        super().__init__()
+        self.self_norm = nn.LayerNorm(d_model, eps=1e-6)
+        self.self_mamba = Mamba(d_model, d_state, expand, d_conv)
+        self.cross_norm = nn.LayerNorm(d_model, eps=1e-6)
+        self.cross_mamba = Mamba(d_model, d_state, expand, d_conv)
+        self.ffn_norm = nn.LayerNorm(d_model, eps=1e-6)
+        self.ffn = FeedForward(d_model, d_ffn, activation, dropout)
+
+    def start(self, memory, lengths):
+        """Read each utterance's memory up to its own length: the state before the first token."""
+        batch_size = memory.shape[0]
+        _, cross_state = self.cross_mamba(
+            memory, lengths, self.cross_mamba.initial_state(batch_size)
+        )
+        return self.self_mamba.initial_state(batch_size), cross_state
+
+    def advance(self, x, lengths, state):
+        """x (B, U, D), lengths (B,), state -> (B, U, D), state. Constant work a token."""
+        self_state, cross_state = state
+        y, self_state = self.self_mamba(self.self_norm(x), lengths, self_state)
+        x = x + y
+        y, cross_state = self.cross_mamba(self.cross_norm(x), lengths, cross_state)
+        x = x + y
+        return x + self.ffn(self.ffn_norm(x)), (self_state, cross_state)
+
+
+class TransformerDecoderLayer(nn.Module):
+    """Pre-norm Transformer decoder layer (Vaswani et al. 2017) with a key and value cache.
+
+    Arguments
+    ---------
+    d_model, d_ffn, num_heads : int
+    activation : type
+    dropout : float
+        On the attention weights, inside the feed-forward module and on every residual branch.
+    """
+
+    def __init__(self, d_model, d_ffn, num_heads, activation=nn.GELU, dropout=0.1):
+        super().__init__()
+        self.self_norm = nn.LayerNorm(d_model, eps=1e-6)
+        self.self_attention = CachedAttention(d_model, num_heads, dropout)
+        self.cross_norm = nn.LayerNorm(d_model, eps=1e-6)
+        self.cross_attention = CachedAttention(d_model, num_heads, dropout)
+        self.ffn_norm = nn.LayerNorm(d_model, eps=1e-6)
+        self.ffn = FeedForward(d_model, d_ffn, activation, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def start(self, memory, lengths):
+        """Project the memory once and begin with an empty cache of tokens."""
+        keys, values = self.cross_attention.project_memory(memory)
+        mask = valid_frames(lengths, memory.shape[1])[:, None, None]
+        return keys[:, :, :0], values[:, :, :0], keys, values, mask
+
+    def advance(self, x, lengths, state):
+        """x (B, U, D), state -> (B, U, D), state. Padded tokens follow all valid ones."""
+        past_keys, past_values, keys, values, mask = state
+        y = self.self_norm(x)
+        new_keys, new_values = self.self_attention.project_memory(y)
+        past_keys = torch.cat([past_keys, new_keys], dim=2)
+        past_values = torch.cat([past_values, new_values], dim=2)
+        causal = torch.ones(x.shape[1], past_keys.shape[2], dtype=torch.bool, device=x.device)
+        causal = causal.tril(past_keys.shape[2] - x.shape[1])
+        x = x + self.dropout(self.self_attention(y, past_keys, past_values, causal))
+        x = x + self.dropout(self.cross_attention(self.cross_norm(x), keys, values, mask))
+        x = x + self.ffn(self.ffn_norm(x))
+        return x, (past_keys, past_values, keys, values, mask)
+
+
+class Decoder(nn.Module):
+    """Token embedding with sine positions, layers, final norm.
+
+    Arguments
+    ---------
+    vocab_size, d_model, d_ffn, num_layers : int
+    layer : callable
+        Makes a layer from `d_model` and `d_ffn`: `TransformerDecoderLayer` or `MambaDecoderLayer`
+        with their other arguments bound.
+    initialization : str
+        "mamba" or "published", see `modules.initialization`.
+    padding_index : int
+        The token whose embedding is zero.
+    """
+
+    def __init__(
+        self, vocab_size, d_model, d_ffn, num_layers, layer, initialization="mamba", padding_index=0
+    ):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model, padding_idx=padding_index)
+        self.layers = nn.ModuleList(layer(d_model, d_ffn) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(d_model, eps=1e-6)
+        initialize(self, initialization)
+        with torch.no_grad():
+            self.embedding.weight[padding_index].zero_()
+
+    def start(self, memory, lengths):
+        """Read the memory (B, T, D), valid to lengths (B,): the state before the first token."""
+        memory = zero_padding(memory, lengths)
+        return 0, [layer.start(memory, lengths) for layer in self.layers]
+
+    def advance(self, tokens, state, lengths=None):
+        """Decode more tokens.
+
+        tokens (B, U) int, state from `start` or an earlier call, lengths (B,) of tokens when they
+        are padded -> (B, U, D), state.
+        """
+        position, layer_states = state
+        num_tokens = tokens.shape[1]
+        if lengths is None:
+            lengths = torch.full((tokens.shape[0],), num_tokens, device=tokens.device)
+        x = self.embedding(tokens) * self.embedding.embedding_dim**0.5
+        positions = torch.arange(position, position + num_tokens, device=tokens.device)
+        x = x + sine_encoding(positions, x.shape[-1], x.dtype)
+        new_states = []
+        for layer, layer_state in zip(self.layers, layer_states, strict=True):
+            x, layer_state = layer.advance(x, lengths, layer_state)
+            new_states.append(layer_state)
+        return self.norm(x), (position + num_tokens, new_states)
+
+    def forward(self, tokens, lengths, memory, memory_lengths):
+        """Teacher forcing.
+
+        tokens (B, U), lengths (B,), memory (B, T, D), memory_lengths (B,) -> (B, U, D), lengths.
+        Tokens past a length are zero.
+        """
+        x, _ = self.advance(tokens, self.start(memory, memory_lengths), lengths)
+        return zero_padding(x, lengths), lengths
+
+
+def select_hypotheses(state, index):
+    """Reorder or repeat the batch axis of every tensor in a decoder state: index (B',) -> B'."""
+    if isinstance(state, torch.Tensor):
+        return state.index_select(0, index)
+    if isinstance(state, tuple | list):
+        return type(state)(select_hypotheses(part, index) for part in state)
+    return state

@@ -1,0 +1,85 @@
+"""Convolutional subsampling: features (B, T, n_mels) -> (B, about T / 4, channels * n_mels / 4)."""
+
+import torch
+from speechbrain.lobes.models.convolution import ConvolutionFrontEnd
+from torch import nn
+
+from modules.lengths import zero_padding
+
+
+class ConvFrontend(nn.Module):
+    """SpeechBrain's `ConvolutionFrontEnd`, one layer a block, that knows where an utterance ends.
+
+    SpeechBrain pads every convolution by reflection at the edges of the *tensor*, so the last
+    frames of an utterance depend on what else is in its batch. Here each utterance is reflected
+    at its own end; alone, the result is SpeechBrain's to the bit.
+
+    Arguments
+    ---------
+    n_mels : int
+        Feature channels.
+    channels : list of int
+        Output channels of each block.
+    kernel_size : int
+        Odd width of every kernel, in frames and in frequency bins.
+    stride : int
+        Stride of every block, in time and in frequency.
+    dropout : float
+        Dropout after every block.
+    """
+
+    def __init__(self, n_mels=80, channels=(64, 32), kernel_size=3, stride=2, dropout=0.15):
+        super().__init__()
+        blocks = len(channels)
+        self.stride = stride
+        self.reach = kernel_size // 2
+        self.blocks = ConvolutionFrontEnd(
+            # The two extra bins are the reflection that `forward` adds.
+            input_shape=(None, None, n_mels + 2 * self.reach),
+            num_blocks=blocks,
+            num_layers_per_block=1,
+            out_channels=list(channels),
+            kernel_sizes=[kernel_size] * blocks,
+            strides=[stride] * blocks,
+            dilations=[1] * blocks,
+            residuals=[False] * blocks,
+            dropout=dropout,
+            padding="valid",
+        )
+
+    def forward(self, x, lengths):
+        """Subsample.
+
+        x (B, T, n_mels), lengths (B,) in frames -> (B, T', F'), (B,), with T' and the lengths
+        divided by the stride, rounded up, once per block. Frames past a length are zero.
+        """
+        for block in self.blocks.values():
+            x = reflect_bins(reflect_frames(x, lengths, self.reach), self.reach)
+            x = block(x)
+            lengths = torch.div(lengths - 1, self.stride, rounding_mode="floor") + 1
+        return zero_padding(x.flatten(2), lengths), lengths
+
+
+def reflect_frames(x, lengths, reach):
+    """Reflect every utterance at its own first and last frame: (B, T, ...) -> (B, T + 2 reach, ...).
+
+    An utterance too short to reflect repeats its nearest frame instead.
+    """
+    batch = torch.arange(x.shape[0], device=x.device)
+    last = (lengths - 1).clamp(min=0)
+    before = [x[batch, last.clamp(max=i)].unsqueeze(1) for i in range(reach, 0, -1)]
+    room = x.new_zeros(x.shape[0], reach, *x.shape[2:])
+    x = torch.cat([*before, x, room], dim=1)
+    time = torch.arange(x.shape[1], device=x.device).view(1, -1, *[1] * (x.dim() - 2))
+    end = (lengths + reach).view(-1, 1, *[1] * (x.dim() - 2))
+    for i in range(reach):
+        mirrored = x[batch, reach + (last - 1 - i).clamp(min=0)].unsqueeze(1)
+        x = torch.where(time == end + i, mirrored, x)
+    return x
+
+
+def reflect_bins(x, reach):
+    """Reflect the frequency axis: (B, T, F, ...) -> (B, T, F + 2 reach, ...)."""
+    low = x[:, :, 1 : reach + 1].flip(2)
+    high = x[:, :, -reach - 1 : -1].flip(2)
+    return torch.cat([low, x, high], dim=2)

@@ -1,0 +1,28 @@
+"""Lengths travel with sequences, in frames; these turn them into masks.
+
+SpeechBrain's batches carry lengths relative to the longest member. They stop at the Brain:
+`absolute` turns them into counts, `relative` turns counts back for SpeechBrain's own parts.
+"""
+
+import torch
+
+
+def valid_frames(lengths, num_frames):
+    """Mark the frames that belong to their utterance: lengths (B,) -> (B, T) bool."""
+    return torch.arange(num_frames, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def zero_padding(x, lengths):
+    """Set every frame past its utterance's length to zero, even NaN: (B, T, ...) -> same."""
+    valid = valid_frames(lengths, x.shape[1])
+    return x.masked_fill(~valid.view(*valid.shape, *[1] * (x.dim() - 2)), 0.0)
+
+
+def absolute(relative_lengths, num_frames):
+    """Relative lengths (B,) in (0, 1] -> counts (B,) int64."""
+    return torch.round(relative_lengths * num_frames).long()
+
+
+def relative(lengths, num_frames):
+    """Counts (B,) -> lengths (B,) float32 relative to `num_frames`; `absolute` inverts it."""
+    return lengths.to(torch.float32) / max(num_frames, 1)

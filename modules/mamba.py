@@ -1,0 +1,154 @@
+"""Mamba and BiMamba, the state-space mixers (Gu & Dao 2023, arXiv 2312.00752, section 3.4).
+
+Names are the paper's: x the channels that go through the state space, z their gate, dt the step,
+A, B, C, D the state-space matrices, N = d_state, K = d_conv, d_inner = expand * d_model.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - the field's name
+
+from modules.ops.causal_conv1d import causal_conv1d
+from modules.ops.selective_scan import selective_scan
+
+
+class SelectiveSSM(nn.Module):
+    """One direction: causal convolution, input-dependent dt, B and C, selective scan.
+
+    Arguments
+    ---------
+    d_inner, d_state, d_conv, dt_rank : int
+        Channels, states a channel, convolution width, rank of the step's projection.
+    reverse : bool
+        Run from each utterance's last frame to its first.
+    """
+
+    def __init__(self, d_inner, d_state, d_conv, dt_rank, reverse=False):
+        super().__init__()
+        self.dt_rank, self.d_state, self.reverse = dt_rank, d_state, reverse
+        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner)
+        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, d_inner)
+        self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
+        self.D = nn.Parameter(torch.empty(d_inner))
+        self.A_log.no_weight_decay = self.D.no_weight_decay = True
+        self.reset_parameters()
+
+    def reset_parameters(self, dt_min=1e-3, dt_max=0.1):
+        """Mamba's own initialisation: A = -1..-N, D = 1, softplus(dt bias) in [dt_min, dt_max]."""
+        with torch.no_grad():
+            A = torch.arange(1, self.d_state + 1, dtype=self.A_log.dtype)
+            self.A_log.copy_(A.log().expand_as(self.A_log))
+            self.D.fill_(1.0)
+            nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            log_dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(dt_min), math.log(dt_max))
+            dt = log_dt.exp()
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+
+    def initial_state(self, batch_size):
+        """Zero (conv state (B, d_inner, K - 1), ssm state (B, d_inner, N))."""
+        d_inner, _, width = self.conv1d.weight.shape
+        weight = self.A_log
+        return (
+            weight.new_zeros(batch_size, d_inner, width - 1),
+            weight.new_zeros(batch_size, d_inner, self.d_state),
+        )
+
+    def forward(self, x, lengths, z=None, state=None):
+        """x, z (B, T, d_inner), lengths (B,) -> (B, T, d_inner), the state after each length.
+
+        The state returned is None when none is given.
+        """
+        conv_state, ssm_state = (None, None) if state is None else state
+        keep = state is not None
+        x = causal_conv1d(
+            x,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            lengths=lengths,
+            reverse=self.reverse,
+            initial_state=conv_state,
+            return_state=keep,
+        )
+        x, conv_state = x if keep else (x, None)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y = selective_scan(
+            x,
+            F.linear(dt, self.dt_proj.weight),
+            -torch.exp(self.A_log),
+            B,
+            C,
+            self.D,
+            z=z,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            lengths=lengths,
+            reverse=self.reverse,
+            initial_state=ssm_state,
+            return_state=keep,
+        )
+        y, ssm_state = y if keep else (y, None)
+        return y, ((conv_state, ssm_state) if keep else None)
+
+
+class Mamba(nn.Module):
+    """Causal state-space mixer: (B, T, D) -> (B, T, D), in pieces or at once.
+
+    Arguments
+    ---------
+    d_model : int
+        Channels in and out.
+    d_state, expand, d_conv : int
+        States a channel, inner channels per outer one, convolution width.
+    """
+
+    causal = True
+
+    def __init__(self, d_model, d_state=16, expand=2, d_conv=4):
+        super().__init__()
+        d_inner = expand * d_model
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        self.ssm = SelectiveSSM(d_inner, d_state, d_conv, math.ceil(d_model / 16))
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+
+    def initial_state(self, batch_size):
+        """The state before the first frame; pass it to `forward` to run in pieces."""
+        return self.ssm.initial_state(batch_size)
+
+    def forward(self, x, lengths, state=None):
+        """x (B, T, D), lengths (B,) -> y (B, T, D) and the state after each utterance's length.
+
+        Without a state none is returned (None), and the faster stateless backends may run.
+        """
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        y, state = self.ssm(x, lengths, z=z, state=state)
+        return self.out_proj(y), state
+
+
+class BiMamba(nn.Module):
+    """Bidirectional mixer: two state-space directions between shared projections.
+
+    out = out_proj(1/2 (y_forward + y_backward) silu(z)), as both directions share the gate z.
+    Arguments as in `Mamba`.
+    """
+
+    causal = False
+
+    def __init__(self, d_model, d_state=16, expand=2, d_conv=4):
+        super().__init__()
+        d_inner, dt_rank = expand * d_model, math.ceil(d_model / 16)
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        self.forward_ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank)
+        self.backward_ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank, reverse=True)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+
+    def forward(self, x, lengths, state=None):
+        """x (B, T, D), lengths (B,) -> y (B, T, D), None: it needs the future, so has no state."""
+        assert state is None, "BiMamba reads the whole utterance; stream with Mamba"
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        y_forward, _ = self.forward_ssm(x, lengths)
+        y_backward, _ = self.backward_ssm(x, lengths)
+        return self.out_proj(0.5 * (y_forward + y_backward) * F.silu(z)), None
