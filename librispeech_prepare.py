@@ -1,0 +1,253 @@
+"""LibriSpeech folder (or any corpus in its layout, or manifests) -> SpeechBrain CSV manifests.
+
+python librispeech_prepare.py LibriSpeech manifests --train train-clean-100 --dev dev-clean
+"""
+
+import argparse
+import logging
+import math
+import os
+import sys
+from collections import Counter
+
+from modules.corpus.options import check_options, check_outputs, names_of, sentences_per_split
+from modules.corpus.report import text_report
+from modules.corpus.split import open_split, read_split
+from modules.corpus.store import (
+    fingerprint,
+    locked,
+    manifest_text,
+    remember,
+    unchanged,
+    write_files,
+)
+from modules.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+REPORT = "prepare_report.txt"
+VERSION = 1  # of what is written; a new one makes every folder prepare again
+EXAMPLES = 3  # paths a kind of fault that go to the log; the report file has all
+
+
+def prepare_librispeech(
+    data_folder,
+    save_folder,
+    tr_splits=(),
+    dev_splits=(),
+    te_splits=(),
+    select_n_sentences=None,
+    merge_lst=(),
+    merge_name=None,
+    skip_prep=False,
+    *,
+    sample_rate=16000,
+    min_seconds=0.1,
+    max_seconds=60.0,
+    allowed_characters=None,
+    max_bad_fraction=0.05,
+    workers=None,
+):
+    """Write `<save_folder>/<split>.csv` (ID, duration, wav, spk_id, wrd) for every split.
+
+    A split is a folder `<data_folder>/<split>/` in LibriSpeech layout (.flac or .wav), or a
+    manifest `<data_folder>/<split>.csv` (ID, wav, wrd) or `.jsonl` (audio_filepath, text).
+    Text is kept as it is, runs of blanks aside. Sentences are in order of their ids.
+
+    What cannot be used (broken or empty audio, another sample rate, more than one channel, no
+    text, an id given twice ...) is left out, and never silently: counts and examples go to the
+    log, every path to `<save_folder>/prepare_report.txt`. More than `max_bad_fraction` of a
+    split left out, or nothing usable in it, is an error, and no manifest is written then.
+
+    Nothing is done if the folder already holds what the same options would write from the same
+    files (by size and time of change). Files come into place complete or not at all.
+
+    Arguments
+    ---------
+    data_folder, save_folder : where the corpus is, and where the manifests go.
+    tr_splits, dev_splits, te_splits : names of splits for training, development and test.
+    select_n_sentences : None, or how many sentences of each split; a list has one entry a split.
+    merge_lst, merge_name : these splits together also become `<save_folder>/<merge_name>`.
+    skip_prep : do nothing at all.
+    sample_rate : expected, in Hz.
+    min_seconds, max_seconds : audio outside of this is left out; `max_seconds=None`: no limit.
+    allowed_characters : the characters that text may have, besides the space; None: any.
+    max_bad_fraction : the share of a split that may be left out (0: none at all).
+    workers : threads that open audio files; None: two a CPU.
+
+    Raises UserError for whatever the user can put right.
+    """
+    if skip_prep:
+        return
+    data_folder, save_folder = os.path.abspath(data_folder), os.path.abspath(save_folder)
+    groups = [names_of(s) for s in (tr_splits, dev_splits, te_splits)]
+    splits = [name for group in groups for name in group]
+    merge_lst = names_of(merge_lst)
+    limits = {"sample_rate": sample_rate, "min_seconds": min_seconds, "max_seconds": max_seconds}
+    check_options(data_folder, splits, merge_lst, merge_name, max_bad_fraction, limits)
+    wanted = sentences_per_split(select_n_sentences, splits)
+    sources = {split: open_split(data_folder, split) for split in splits}
+    check_outputs(save_folder, sources, merge_lst, merge_name)
+    _make_folder(save_folder)
+    with locked(save_folder):
+        config = {
+            "version": VERSION,
+            "data_folder": data_folder,
+            "groups": groups,
+            "wanted": wanted,
+            "merge": [merge_lst, merge_name],
+            "limits": limits,
+            "allowed_characters": None if allowed_characters is None else [*allowed_characters],
+            "max_bad_fraction": max_bad_fraction,
+            "files": {split: fingerprint(source.stats) for split, source in sources.items()},
+        }
+        if (losses := unchanged(save_folder, config)) is not None:
+            logger.info("%s: prepared before, nothing has changed", save_folder)
+            for line in losses:
+                logger.warning("%s; see %s", line, os.path.join(save_folder, REPORT))
+            return
+        workers = workers or 2 * (os.cpu_count() or 1)
+        reports = {
+            split: read_split(split, source, wanted[split], allowed_characters, workers, **limits)
+            for split, source in sources.items()
+        }
+        _note_overlaps(groups, reports)
+        _publish(data_folder, save_folder, reports, max_bad_fraction)
+        contents = {f"{s}.csv": manifest_text(report.usable) for s, report in reports.items()}
+        if merge_lst:
+            merged = [u for split in merge_lst for u in reports[split].usable]
+            _check_merged(merged, merge_name)
+            contents[merge_name] = manifest_text(merged)
+        write_files(save_folder, contents)
+        losses = [report.summary() for report in reports.values() if report.faults]
+        remember(save_folder, config, contents, losses)
+        logger.info("Wrote %s to %s", ", ".join(contents), save_folder)
+
+
+def _make_folder(save_folder):
+    try:
+        os.makedirs(save_folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"save_folder={save_folder} cannot be made ({error.strerror}); choose another"
+        ) from error
+
+
+def _note_overlaps(groups, reports):
+    """Training on sentences or readers of the test sets makes their error rates too good."""
+    train, *others = groups
+    for split in {name for group in others for name in group}:
+        for other in train:
+            for what, key in (("sentences", "id"), ("speakers", "speaker")):
+                ours, theirs = (
+                    {getattr(u, key) for u in reports[name].usable} - {""}
+                    for name in (split, other)
+                )
+                if shared := ours & theirs:
+                    reports[split].notes.append(
+                        f"{len(shared)} {what} of {len(ours)} are also in {other}: "
+                        f"{', '.join(sorted(shared)[:EXAMPLES])}"
+                    )
+
+
+def _publish(data_folder, save_folder, reports, max_bad_fraction):
+    """Log and write the report; raises UserError if a split is not fit for use."""
+    write_files(save_folder, {REPORT: text_report(data_folder, reports.values())})
+    path = os.path.join(save_folder, REPORT)
+    refused = []
+    for report in reports.values():
+        if not report.usable or report.bad_fraction > max_bad_fraction:
+            refused.append(report)
+            continue
+        level = logging.WARNING if report.faults or report.notes else logging.INFO
+        logger.log(level, "\n".join([report.summary(), *report.lines(EXAMPLES)]))
+    if not refused:
+        return
+    lines = []
+    for report in refused:
+        lines += [report.summary(), *report.lines(EXAMPLES)]
+        if not report.usable and not report.faults:
+            lines.append("  the split is empty: no audio (.flac, .wav) and no text was found")
+    fix = "mend the corpus"
+    if all(report.usable for report in refused):
+        worst = max(report.bad_fraction for report in refused)
+        fix += f", or accept the loss with max_bad_fraction={math.ceil(worst * 100) / 100}"
+    raise UserError("\n".join([*lines, f"No manifest was written; {fix}. Full list: {path}"]))
+
+
+def _check_merged(utterances, merge_name):
+    """SpeechBrain wants every id once in a manifest."""
+    if twice := [key for key, n in Counter(u.id for u in utterances).items() if n > 1]:
+        raise UserError(
+            f"{merge_name}: {len(twice)} ids are in more than one of the merged splits, such as "
+            f"{', '.join(twice[:EXAMPLES])}; rename them, or merge other splits"
+        )
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Turn a speech corpus into the CSV manifests that training and testing read.",
+        epilog="A split is a folder DATA_FOLDER/SPLIT in LibriSpeech layout "
+        "(speaker/chapter/speaker-chapter-number.flac with speaker-chapter.trans.txt), or a "
+        "manifest DATA_FOLDER/SPLIT.csv with columns ID,wav,wrd, or DATA_FOLDER/SPLIT.jsonl "
+        'with lines like {"audio_filepath": "a.flac", "text": "HELLO"}. '
+        "Audio must be mono and of one sample rate. Sentences that cannot be used are left out "
+        f"and listed in SAVE_FOLDER/{REPORT}. Example: python librispeech_prepare.py "
+        "/data/LibriSpeech manifests --train train-clean-100 train-clean-360 --dev dev-clean "
+        "--test test-clean test-other --merge train.csv",
+    )
+    parser.add_argument("data_folder", help="where the splits are")
+    parser.add_argument("save_folder", help="where the manifests go")
+    parser.add_argument("--train", nargs="+", default=[], metavar="SPLIT", help="training splits")
+    parser.add_argument("--dev", nargs="+", default=[], metavar="SPLIT", help="development splits")
+    parser.add_argument("--test", nargs="+", default=[], metavar="SPLIT", help="test splits")
+    parser.add_argument(
+        "--merge", metavar="NAME", help="also write all training splits into one file, as train.csv"
+    )
+    parser.add_argument("--sentences", type=int, metavar="N", help="only the first N of each split")
+    parser.add_argument("--sample-rate", type=int, default=16000, help="in Hz (%(default)s)")
+    parser.add_argument(
+        "--min-seconds", type=float, default=0.1, help="shorter audio is left out (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        default=60.0,
+        help="longer audio is left out (%(default)s; inf: none)",
+    )
+    parser.add_argument(
+        "--characters", metavar="SET", help="characters allowed in text besides the space (any)"
+    )
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.05,
+        help="share of a split that may be left out before it is an error (%(default)s)",
+    )
+    parser.add_argument("--workers", type=int, help="threads that open audio (two a CPU)")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        prepare_librispeech(
+            args.data_folder,
+            args.save_folder,
+            args.train,
+            args.dev,
+            args.test,
+            select_n_sentences=args.sentences,
+            merge_lst=args.train if args.merge else [],
+            merge_name=args.merge,
+            sample_rate=args.sample_rate,
+            min_seconds=args.min_seconds,
+            max_seconds=args.max_seconds,
+            allowed_characters=args.characters,
+            max_bad_fraction=args.max_bad_fraction,
+            workers=args.workers,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
