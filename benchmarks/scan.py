@@ -1,0 +1,180 @@
+"""Time and peak memory of every selective-scan backend, forward and backward, at one shape.
+
+    python benchmarks/scan.py --batch 4 --frames 400 --channels 512 --states 16 --device cpu
+
+Prints a table and, as the last line, everything as JSON. Every backend runs in a process of its
+own, so that none inherits another's memory.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from modules.ops.selective_scan import available_backends, selective_scan  # noqa: E402
+
+
+def make_inputs(options):
+    """Mamba's own ranges: dt after the softplus mostly in [0.001, 0.1], A = -1 .. -N."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape, dtype=None):
+        dtype = dtype or getattr(torch, options.dtype)
+        x = torch.randn(*shape, generator=generator)
+        return x.to(options.device, dtype).requires_grad_()
+
+    batch, frames = options.batch, options.frames
+    channels, states = options.channels, options.states
+    A = -torch.arange(1.0, states + 1, device=options.device).repeat(channels, 1)
+    return {
+        "u": leaf(batch, frames, channels),
+        "dt": leaf(batch, frames, channels),
+        "A": A.requires_grad_(),
+        "B": leaf(batch, frames, states),
+        "C": leaf(batch, frames, states),
+        "D": leaf(channels, dtype=torch.float32),
+        "z": leaf(batch, frames, channels),
+        "dt_bias": (leaf(channels, dtype=torch.float32).detach() - 4).requires_grad_(),
+    }
+
+
+def forward_backward(inputs, backend):
+    y = selective_scan(**inputs, dt_softplus=True, backend=backend)
+    torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
+
+
+def resident_mb():
+    """Resident memory now; on systems without /proc its peak so far."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e6
+    return peak_resident_mb()
+
+
+def peak_resident_mb():
+    unit = 1 if platform.system() == "Darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def measure(options, backend):
+    """-> milliseconds of every repeat, peak megabytes above the inputs; forward and backward."""
+    torch.set_num_threads(options.threads)
+    tiny = argparse.Namespace(**{**vars(options), "batch": 1, "frames": 2, "channels": 8})
+    forward_backward(make_inputs(tiny), backend)  # loads libraries, starts threads
+    inputs = make_inputs(options)
+    cuda = options.device == "cuda"
+    if cuda:
+        forward_backward(inputs, backend)  # compiles and tunes
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 1e6
+    else:
+        # What the system gave this process, not what torch asked for: the peak so far may exceed
+        # what is resident now, so the difference can only overstate the memory of the scan.
+        before = resident_mb()
+    forward_backward(inputs, backend)
+    peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else peak_resident_mb()
+
+    times = []
+    for _ in range(options.repeats):
+        start = time.perf_counter()
+        forward_backward(inputs, backend)
+        if cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return {"times": times, "peak_mb": peak - before}
+
+
+def run_all(options, arguments):
+    names = []
+    for backend, reason in available_backends().items():
+        if reason == "ok" and (backend != "mamba_ssm" or options.device == "cuda"):
+            names.append(backend)
+        else:
+            print(f"{backend:10s} skipped: {reason}")
+    # In turns, so that a busy spell of the machine does not hit one backend alone.
+    runs = {name: [] for name in names}
+    for _ in range(options.rounds):
+        for name in names:
+            command = [sys.executable, __file__, *arguments, "--only", name]
+            child = subprocess.run(command, check=True, capture_output=True, text=True)
+            runs[name].append(json.loads(child.stdout.splitlines()[-1]))
+
+    results = {}
+    for name in names:
+        results[name] = {
+            "ms": round(statistics.median(t for run in runs[name] for t in run["times"]), 2),
+            "peak_mb": round(statistics.median(run["peak_mb"] for run in runs[name]), 1),
+        }
+    for name, result in results.items():
+        result["speedup"] = round(results["naive"]["ms"] / result["ms"], 2)
+        result["memory_ratio"] = round(result["peak_mb"] / results["naive"]["peak_mb"], 3)
+        print(
+            f"{name:10s} {result['ms']:8.1f} ms {result['peak_mb']:8.1f} MB   "
+            f"{result['speedup']:.2f} x the speed and {result['memory_ratio']:.3f} x the memory "
+            "of naive"
+        )
+    return results
+
+
+def describe_run(options):
+    def git(*command):
+        result = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+        return result.stdout.strip()
+
+    cuda = options.device == "cuda"
+    return {
+        "benchmark": "scan",
+        "commit": git("rev-parse", "--short", "HEAD") or "unknown",
+        "modified": bool(git("status", "--porcelain", "--", "modules/ops", "benchmarks")),
+        "hardware": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        **{name: value for name, value in vars(options).items() if name != "only"},
+    }
+
+
+def _cpu_name():
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--frames", type=int, default=400)
+    parser.add_argument("--channels", type=int, default=512)
+    parser.add_argument("--states", type=int, default=16)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5, help="a round")
+    parser.add_argument("--rounds", type=int, default=3, help="processes a backend, in turns")
+    parser.add_argument("--only", help="measure one backend in this process")
+    return parser.parse_args(arguments)
+
+
+def main():
+    options = parse(sys.argv[1:])
+    if options.only:
+        print(json.dumps(measure(options, options.only)))
+        return
+    results = run_all(options, sys.argv[1:])
+    print(json.dumps({**describe_run(options), "results": results}))
+
+
+if __name__ == "__main__":
+    main()
