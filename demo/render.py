@@ -1,0 +1,74 @@
+"""One chapter of the demo corpus: synthesise, resample, add noise, write FLAC and transcript."""
+
+import functools
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import soundfile as sf
+import torch
+import torchaudio
+
+from demo.espeak import Espeak
+from demo.speakers import Speaker
+
+SAMPLE_RATE = 16000
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """All that one speaker says. `snr` is the lowest and highest ratio in dB; None: no noise."""
+
+    folder: str
+    speaker: Speaker
+    texts: tuple[str, ...]
+    snr: tuple[float, float] | None
+    seed: int
+
+    @property
+    def name(self):
+        return f"{self.speaker.id}-1"
+
+
+@functools.cache
+def _espeak():
+    torch.set_num_threads(1)  # the processes share the CPUs already
+    return Espeak()
+
+
+def render(chapter):
+    """Write the FLAC files and the transcript of a chapter; returns seconds of speech."""
+    espeak = _espeak()
+    rng = np.random.default_rng(chapter.seed)
+    who = chapter.speaker
+    espeak.set_voice(who.accent, who.variant, who.rate, who.pitch, who.pitch_range)
+    os.makedirs(chapter.folder)
+    seconds, lines = 0.0, []
+    for index, text in enumerate(chapter.texts):
+        # In capitals eSpeak would spell out some words as abbreviations.
+        samples = torch.from_numpy(espeak.say(text.lower()))
+        samples = torchaudio.functional.resample(samples, espeak.sample_rate, SAMPLE_RATE)
+        samples = _record(samples.numpy(), chapter.snr, rng)
+        name = f"{chapter.name}-{index:04d}"
+        path = os.path.join(chapter.folder, f"{name}.flac")
+        sf.write(path, samples, SAMPLE_RATE, subtype="PCM_16")
+        seconds += len(samples) / SAMPLE_RATE
+        lines.append(f"{name} {text}\n")
+    path = os.path.join(chapter.folder, f"{chapter.name}.trans.txt")
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    return seconds
+
+
+def _record(speech, snr, rng):
+    """Pauses, noise and a random level, as a recording has them: (n,) -> (m,), peak below 1."""
+    before, after = rng.integers(800, 4000, 2)  # 50 to 250 ms
+    speech = np.pad(speech, (before, after))
+    if snr is not None:
+        noise = rng.standard_normal(len(speech))
+        if rng.random() < 0.5:  # half of the rooms hum rather than hiss
+            noise = np.convolve(noise, np.ones(8), mode="same")
+        ratio = 10 ** (rng.uniform(*snr) / 20)
+        speech = speech + noise * speech.std() / (noise.std() * ratio)
+    level = 10 ** (rng.uniform(-20, -1) / 20)
+    return (level * speech / np.abs(speech).max()).astype(np.float32)
