@@ -1,7 +1,9 @@
 """Convolutional subsampling: features (B, T, n_mels) -> (B, about T / 4, channels * n_mels / 4)."""
 
 import torch
-from speechbrain.lobes.models.convolution import ConvolutionFrontEnd
+from speechbrain.lobes.models.convolution import ConvBlock
+from speechbrain.nnet.CNN import Conv2d
+from speechbrain.nnet.normalization import LayerNorm
 from torch import nn
 
 from modules.lengths import zero_padding
@@ -21,7 +23,7 @@ class ConvFrontend(nn.Module):
     channels : list of int
         Output channels of each block.
     kernel_size : int
-        Odd width of every kernel, in frames and in frequency bins.
+        Odd width of every kernel, in frames and in frequency bins (ValueError).
     stride : int
         Stride of every block, in time and in frequency.
     dropout : float
@@ -30,22 +32,27 @@ class ConvFrontend(nn.Module):
 
     def __init__(self, n_mels=80, channels=(64, 32), kernel_size=3, stride=2, dropout=0.15):
         super().__init__()
-        blocks = len(channels)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size} must be odd; use {kernel_size + 1}")
         self.stride = stride
         self.reach = kernel_size // 2
-        self.blocks = ConvolutionFrontEnd(
-            # The two extra bins are the reflection that `forward` adds.
-            input_shape=(None, None, n_mels + 2 * self.reach),
-            num_blocks=blocks,
-            num_layers_per_block=1,
-            out_channels=list(channels),
-            kernel_sizes=[kernel_size] * blocks,
-            strides=[stride] * blocks,
-            dilations=[1] * blocks,
-            residuals=[False] * blocks,
-            dropout=dropout,
-            padding="valid",
-        )
+        # Named as in SpeechBrain's `ConvolutionFrontEnd`, so its weights fit.
+        self.blocks = nn.ModuleDict()
+        shape = (n_mels,)
+        for i, out_channels in enumerate(channels):
+            self.blocks[f"convblock_{i}"] = ConvBlock(
+                num_layers=1,
+                out_channels=out_channels,
+                # `forward` reflects both edges of the bins before the block.
+                input_shape=(None, None, shape[0] + 2 * self.reach, *shape[1:]),
+                kernel_size=kernel_size,
+                stride=stride,
+                conv_module=Conv2d,
+                norm=LayerNorm,
+                dropout=dropout,
+                padding="valid",
+            )
+            shape = ((shape[0] - 1) // stride + 1, out_channels)
 
     def forward(self, x, lengths):
         """Subsample.
@@ -53,6 +60,8 @@ class ConvFrontend(nn.Module):
         x (B, T, n_mels), lengths (B,) in frames -> (B, T', F'), (B,), with T' and the lengths
         divided by the stride, rounded up, once per block. Frames past a length are zero.
         """
+        # Nothing valid reads the padding, but the weights' gradient does: 0 x NaN is NaN.
+        x = zero_padding(x, lengths)
         for block in self.blocks.values():
             x = reflect_bins(reflect_frames(x, lengths, self.reach), self.reach)
             x = block(x)
@@ -61,7 +70,7 @@ class ConvFrontend(nn.Module):
 
 
 def reflect_frames(x, lengths, reach):
-    """Reflect every utterance at its own first and last frame: (B, T, ...) -> (B, T + 2 reach, ...).
+    """Reflect every utterance at its own ends: (B, T, ...) -> (B, T + 2 reach, ...).
 
     An utterance too short to reflect repeats its nearest frame instead.
     """
@@ -79,7 +88,11 @@ def reflect_frames(x, lengths, reach):
 
 
 def reflect_bins(x, reach):
-    """Reflect the frequency axis: (B, T, F, ...) -> (B, T, F + 2 reach, ...)."""
-    low = x[:, :, 1 : reach + 1].flip(2)
-    high = x[:, :, -reach - 1 : -1].flip(2)
-    return torch.cat([low, x, high], dim=2)
+    """Reflect the frequency axis: (B, T, F, ...) -> (B, T, F + 2 reach, ...).
+
+    Too few bins to reflect repeat the outermost that there is, as frames do.
+    """
+    last = x.shape[2] - 1
+    low = [x.narrow(2, min(i, last), 1) for i in range(reach, 0, -1)]
+    high = [x.narrow(2, max(last - i, 0), 1) for i in range(1, reach + 1)]
+    return torch.cat([*low, x, *high], dim=2)

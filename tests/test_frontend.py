@@ -1,0 +1,94 @@
+"""The frontend is SpeechBrain's, except that it knows where an utterance ends."""
+
+import math
+
+import pytest
+import torch
+from speechbrain.lobes.models.convolution import ConvolutionFrontEnd
+from torch.nn import functional as F  # noqa: N812
+
+from modules.frontend import ConvFrontend, reflect_frames
+
+
+def speechbrain_frontend(n_mels, channels, kernel_size=3, stride=2):
+    blocks = len(channels)
+    return ConvolutionFrontEnd(
+        input_shape=(None, None, n_mels),
+        num_blocks=blocks,
+        num_layers_per_block=1,
+        out_channels=channels,
+        kernel_sizes=[kernel_size] * blocks,
+        strides=[stride] * blocks,
+        dilations=[1] * blocks,
+        residuals=[False] * blocks,
+        padding="same",
+    ).eval()
+
+
+@pytest.mark.parametrize("n_mels", [80, 40, 23, 5])
+@pytest.mark.parametrize("frames", [3, 4, 5, 6, 7, 8, 50, 51, 52, 53])
+def test_alone_it_equals_speechbrain_to_the_bit(n_mels, frames):
+    torch.manual_seed(0)
+    ours = ConvFrontend(n_mels, channels=(6, 4)).eval()
+    theirs = speechbrain_frontend(n_mels, [6, 4])
+    theirs.load_state_dict(ours.blocks.state_dict())
+    x = torch.randn(2, frames, n_mels)
+    y, lengths = ours(x, torch.tensor([frames, frames]))
+    assert torch.equal(y, theirs(x).flatten(2))
+    assert lengths.tolist() == [y.shape[1]] * 2
+
+
+@pytest.mark.parametrize(("kernel_size", "stride", "blocks"), [(5, 2, 2), (3, 1, 1), (3, 2, 3)])
+def test_other_sizes_equal_speechbrain_too(kernel_size, stride, blocks):
+    torch.manual_seed(0)
+    channels = [4] * blocks
+    ours = ConvFrontend(40, channels, kernel_size, stride).eval()
+    theirs = speechbrain_frontend(40, channels, kernel_size, stride)
+    theirs.load_state_dict(ours.blocks.state_dict())
+    x = torch.randn(1, 37, 40)
+    y, _ = ours(x, torch.tensor([37]))
+    assert torch.equal(y, theirs(x).flatten(2))
+
+
+def test_the_published_size():
+    ours = ConvFrontend()
+    y, lengths = ours(torch.randn(1, 401, 80), torch.tensor([401]))
+    assert y.shape == (1, 101, 640)
+    assert lengths.tolist() == [101]
+
+
+@pytest.mark.parametrize("n_mels", [1, 2, 3, 4, 13])
+def test_any_number_of_mels_and_of_frames(n_mels):
+    frontend = ConvFrontend(n_mels, channels=(3, 2)).eval()
+    bins = math.ceil(n_mels / 4)
+    for frames in range(1, 12):
+        y, lengths = frontend(torch.randn(1, frames, n_mels), torch.tensor([frames]))
+        assert lengths.item() == math.ceil(frames / 4)
+        assert y.shape == (1, lengths.item(), bins * 2)
+        assert torch.isfinite(y).all()
+
+
+def test_lengths_are_halved_twice_rounding_up():
+    lengths = torch.arange(0, 30)
+    frontend = ConvFrontend(4, channels=(2, 2))
+    y, subsampled = frontend(torch.randn(30, 29, 4), lengths)
+    assert subsampled.tolist() == [math.ceil(n / 4) for n in range(30)]
+    assert y.shape[1] == subsampled.max()
+    for row, length in zip(y, subsampled.tolist(), strict=True):
+        assert (row[length:] == 0).all()
+        assert (row[:length] != 0).any() or length == 0
+
+
+@pytest.mark.parametrize("reach", [1, 2, 3])
+def test_every_utterance_is_reflected_at_its_own_end(reach):
+    x = torch.randn(4, 9, 2)
+    lengths = torch.tensor([9, 6, 5, 4])
+    reflected = reflect_frames(x, lengths, reach)
+    for row, padded, length in zip(x, reflected, lengths.tolist(), strict=True):
+        expected = F.pad(row[:length].t(), (reach, reach), mode="reflect").t()
+        assert torch.equal(padded[: length + 2 * reach], expected)
+
+
+def test_an_even_kernel_is_an_error():
+    with pytest.raises(ValueError, match="kernel_size=4 must be odd; use 5"):
+        ConvFrontend(80, kernel_size=4)
