@@ -1,6 +1,7 @@
 """eSpeak NG through ctypes: voices, and text to samples. Not thread-safe: one a process."""
 
 import ctypes
+import functools
 
 import numpy as np
 
@@ -32,8 +33,14 @@ _Callback = ctypes.CFUNCTYPE(
 )
 
 
+@functools.cache
+def start():
+    """The eSpeak of this process; it has one voice and one callback, whoever asks."""
+    return Espeak()
+
+
 class Espeak:
-    """The library, started once. `sample_rate` is what it gives, in Hz (22050)."""
+    """The library, started. `sample_rate` is what it gives, in Hz (22050)."""
 
     def __init__(self):
         self._lib, self.sample_rate = _load()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 if not __package__:  # run as a file: let it find its own package
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo.espeak import Espeak
+from demo import espeak
 from demo.sentences import split_sentences
 from demo.speakers import split_speakers
 from modules.errors import UserError
@@ -71,7 +71,7 @@ def make_corpus(
     partial = output.with_name(f"{output.name}.partial")
     for folder in (output, partial):
         _check_ours(folder)
-    Espeak()  # what is missing is said here, not by every process
+    espeak.start()  # what is missing is said here, not by every process
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
     _mark(partial, {"config": config})
@@ -123,6 +123,8 @@ def _chapters(folder, config):
 
 def _render_all(chapters, workers):
     """Render chapters in processes: eSpeak keeps one state a process. Returns {split: seconds}."""
+    import torch
+
     from demo.render import render
 
     splits, chapters = zip(*chapters, strict=True)
@@ -131,8 +133,8 @@ def _render_all(chapters, workers):
     with contextlib.ExitStack() as stack:
         if workers > 1:
             context = multiprocessing.get_context("spawn")  # torch and fork do not go together
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
-            results = pool.map(render, chapters)
+            pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
+            results = stack.enter_context(pool).map(render, chapters)
         else:
             results = map(render, chapters)
         total = sum(len(chapter.texts) for chapter in chapters)

@@ -1,6 +1,5 @@
 """One chapter of the demo corpus: synthesise, resample, add noise, write FLAC and transcript."""
 
-import functools
 import os
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import soundfile as sf
 import torch
 import torchaudio
 
-from demo.espeak import Espeak
+from demo import espeak
 from demo.speakers import Speaker
 
 SAMPLE_RATE = 16000
@@ -30,24 +29,18 @@ class Chapter:
         return f"{self.speaker.id}-1"
 
 
-@functools.cache
-def _espeak():
-    torch.set_num_threads(1)  # the processes share the CPUs already
-    return Espeak()
-
-
 def render(chapter):
     """Write the FLAC files and the transcript of a chapter; returns seconds of speech."""
-    espeak = _espeak()
+    voice = espeak.start()
     rng = np.random.default_rng(chapter.seed)
     who = chapter.speaker
-    espeak.set_voice(who.accent, who.variant, who.rate, who.pitch, who.pitch_range)
+    voice.set_voice(who.accent, who.variant, who.rate, who.pitch, who.pitch_range)
     os.makedirs(chapter.folder)
     seconds, lines = 0.0, []
     for index, text in enumerate(chapter.texts):
         # In capitals eSpeak would spell out some words as abbreviations.
-        samples = torch.from_numpy(espeak.say(text.lower()))
-        samples = torchaudio.functional.resample(samples, espeak.sample_rate, SAMPLE_RATE)
+        samples = torch.from_numpy(voice.say(text.lower()))
+        samples = torchaudio.functional.resample(samples, voice.sample_rate, SAMPLE_RATE)
         samples = _record(samples.numpy(), chapter.snr, rng)
         name = f"{chapter.name}-{index:04d}"
         path = os.path.join(chapter.folder, f"{name}.flac")
