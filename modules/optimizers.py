@@ -1,0 +1,41 @@
+"""What an optimizer is given: which parameters decay, and one gradient norm for all of them."""
+
+from torch import nn
+
+# The frontend's LayerNorm runs over bins and channels: its weight has two dimensions.
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
+def parameter_groups(modules, weight_decay):
+    """Yield two groups for a torch optimizer: the parameters that decay, then those that do not.
+
+    Norms, biases, whatever has less than two dimensions and parameters that carry
+    `no_weight_decay` (A_log and D) do not. Every trainable parameter of `modules` (a Module) is
+    in one group, once, in the order of `modules.parameters()`.
+    """
+    spared = {
+        parameter
+        for module in modules.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() < 2
+        or "bias" in name
+        or isinstance(module, NORMS)
+        or getattr(parameter, "no_weight_decay", False)
+    }
+    trainable = [p for p in modules.parameters() if p.requires_grad]
+    yield {"params": [p for p in trainable if p not in spared], "weight_decay": weight_decay}
+    yield {"params": [p for p in trainable if p in spared], "weight_decay": 0.0}
+
+
+def clip_all_groups(optimizer, max_norm):
+    """Before every step, scale the gradients so that their norm over all groups is `max_norm`.
+
+    SpeechBrain's `Brain.optimizers_step` clips the first group alone; give it
+    `max_grad_norm` infinity. Returns the handle that removes the hook.
+    """
+
+    def clip(optimizer, args, kwargs):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    return optimizer.register_step_pre_hook(clip)
