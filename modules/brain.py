@@ -1,0 +1,237 @@
+"""ASRBrain: what training with CTC and with S2S have in common."""
+
+import logging
+import math
+import os
+import time
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from speechbrain.utils.checkpoints import Checkpointer, average_checkpoints
+from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.metric_stats import ErrorRateStats
+
+from modules.data import RankBatchSampler
+from modules.errors import UserError
+from modules.lengths import absolute, relative
+from modules.loggers import make_loggers
+from modules.optimizers import clip_all_groups, parameter_groups
+
+logger = logging.getLogger(__name__)
+
+
+class ASRBrain(sb.Brain):
+    """Encodes, scores word errors, checkpoints, averages and schedules the learning rate.
+
+    A subclass gives `compute_forward`, `compute_objectives`, `transcribe` and names the
+    validation statistic that ranks checkpoints.
+    """
+
+    checkpoint_metric = "WER"
+    higher_is_better = False
+
+    def __init__(self, hparams, run_opts):
+        super().__init__(
+            modules=hparams["modules"],
+            opt_class=hparams["opt_class"],
+            hparams=hparams,
+            run_opts=run_opts,
+            checkpointer=hparams["checkpointer"],
+        )
+        # Statistics are read onto the device that the features are on.
+        self.hparams.normalize.to(self.device)
+        self.tokenizer = hparams["tokenizer"]
+        self.loggers = make_loggers(hparams)
+        self.results = {}
+
+    # ---- Encoding ----
+
+    def encode(self, batch, stage):
+        """Waveforms to encoder output: (B, T, D), lengths (B,) in frames."""
+        wavs, relative_lengths = batch.sig
+        samples = absolute(relative_lengths, wavs.shape[1])
+        hop = self.hparams.sample_rate * self.hparams.hop_length // 1000
+        lengths = torch.div(samples, hop, rounding_mode="floor") + 1
+        features = self.hparams.compute_features(wavs)
+        # Only training updates the statistics, and reads the epoch to know when to stop.
+        epoch = self.hparams.epoch_counter.current
+        features = self.modules.normalize(features, relative(lengths, features.shape[1]), epoch)
+        if stage == sb.Stage.TRAIN:
+            features, _ = self.hparams.fea_augment(features, relative(lengths, features.shape[1]))
+        features, lengths = self.modules.frontend(features, lengths)
+        return self.modules.encoder(features, lengths)
+
+    def tokens(self, batch, name):
+        """Token ids (B, U) and their lengths (B,) of a batch's key."""
+        ids, relative_lengths = batch[name]
+        return ids, absolute(relative_lengths, ids.shape[1])
+
+    # ---- Error rates ----
+
+    def on_stage_start(self, stage, epoch=None):
+        """Fresh metrics for validation and test."""
+        if stage != sb.Stage.TRAIN:
+            self.wer = ErrorRateStats()
+            self.cer = ErrorRateStats(split_tokens=True)
+            self.search_seconds = self.audio_seconds = 0.0
+
+    def score(self, batch, texts):
+        """Add the transcripts of a batch to the word and character error rates."""
+        for metric in (self.wer, self.cer):
+            metric.append(batch.id, [t.split() for t in texts], [t.split() for t in batch.wrd])
+
+    def evaluate_batch(self, batch, stage):
+        """SpeechBrain's, on the right device and with a stopwatch for the real-time factor."""
+        batch = batch.to(self.device)
+        started = time.perf_counter()
+        loss = super().evaluate_batch(batch, stage)
+        self.search_seconds += time.perf_counter() - started
+        samples = absolute(batch.sig.lengths, batch.sig.data.shape[1]).sum()
+        self.audio_seconds += float(samples) / self.hparams.sample_rate
+        return loss
+
+    def error_rates(self):
+        return {"WER": self.wer.summarize("error_rate"), "CER": self.cer.summarize("error_rate")}
+
+    # ---- Optimisation ----
+
+    def init_optimizers(self):
+        """Two parameter groups, with and without weight decay; clipping over both."""
+        weight_decay = getattr(self.hparams, "weight_decay", 0.0)
+        self.optimizer = self.opt_class(parameter_groups(self.modules, weight_decay))
+        self.optimizers_dict = {"optimizer": self.optimizer}
+        if self.checkpointer is not None:
+            self.checkpointer.add_recoverable("optimizer", self.optimizer)
+        # SpeechBrain clips the first group alone; infinity makes that step do nothing.
+        if self.max_grad_norm > 0:
+            clip_all_groups(self.optimizer, self.max_grad_norm)
+        self.max_grad_norm = math.inf
+
+    def fit_batch(self, batch):
+        return super().fit_batch(batch.to(self.device))
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        """Advance the schedule with the optimizer."""
+        if should_step:
+            self.hparams.lr_scheduler(self.optimizer)
+
+    def _train_loader_specifics(self, dataset, loader_kwargs):
+        """Share the batches among the ranks, and tell the sampler every epoch."""
+        sampler = loader_kwargs["batch_sampler"]
+        if self.distributed_launch:
+            world_size = torch.distributed.get_world_size()
+            sampler = RankBatchSampler(sampler, torch.distributed.get_rank(), world_size)
+        self.train_sampler = sampler
+        return {**loader_kwargs, "batch_sampler": sampler}
+
+    # ---- Stages ----
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Log the stage; after validation write a checkpoint, after a test its error rates."""
+        if stage == sb.Stage.TRAIN:
+            self.train_stats = {"loss": stage_loss}
+        elif stage == sb.Stage.VALID:
+            stats = {"loss": stage_loss, **self.validation_statistics()}
+            self.loggers.log_stats(
+                {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **self.step_count()},
+                train_stats=self.train_stats,
+                valid_stats=stats,
+            )
+            self.save_checkpoint(epoch, stats)
+        else:
+            self.write_results(stage_loss)
+
+    def step_count(self):
+        return {"steps": self.optimizer_step}
+
+    def validation_statistics(self):
+        """What is logged, and ranked by, after validation: {name: number}."""
+        return self.error_rates()
+
+    def save_checkpoint(self, epoch, stats):
+        """Keep the best checkpoints for averaging, and the newest for continuing."""
+        metric = self.checkpoint_metric
+        keys = {"max_keys" if self.higher_is_better else "min_keys": [metric]}
+        self.checkpointer.save_and_keep_only(
+            meta={metric: stats[metric], "epoch": epoch},
+            num_to_keep=self.hparams.avg_checkpoints,
+            **keys,
+        )
+
+    def write_results(self, loss):
+        """Write `wer_<test set>.txt` and remember the numbers for the summary."""
+        rates = self.error_rates()
+        rates["RTF"] = self.search_seconds / max(self.audio_seconds, 1e-9)
+        self.results[self.test_set] = rates
+        self.loggers.log_stats(
+            {"test set": self.test_set, "epochs": self.hparams.epoch_counter.current},
+            test_stats={"loss": loss, **rates},
+        )
+        if if_main_process():
+            path = Path(self.hparams.output_folder) / f"wer_{self.test_set}.txt"
+            beside = path.with_suffix(".partial")
+            with open(beside, "w", encoding="utf-8") as f:
+                self.wer.write_stats(f)
+            os.replace(beside, path)
+
+    # ---- Continuing and evaluating ----
+
+    def on_fit_start(self):
+        """Recover this run's newest checkpoint, or start from `resume`."""
+        super().on_fit_start()
+        if self.hparams.resume and self.checkpointer.find_checkpoint() is None:
+            found = find_foreign(self.hparams.resume)
+            logger.info("Starting from %s", found.path)
+            self.checkpointer.load_checkpoint(found)
+
+    def on_evaluate_start(self, max_key=None, min_key=None):
+        """Load the average of the best checkpoints, once; nothing is written or deleted."""
+        if self.results:
+            return
+        source, only = self.checkpointer, None
+        if self.hparams.resume and source.find_checkpoint() is None:
+            only = find_foreign(self.hparams.resume)
+        keys = {"max_key" if self.higher_is_better else "min_key": self.checkpoint_metric}
+        best = (
+            [only]
+            if only
+            else source.find_checkpoints(**keys, max_num_checkpoints=self.hparams.avg_checkpoints)
+        )
+        if not best:
+            raise UserError(
+                f"there is no checkpoint in {source.checkpoints_dir}; train first (without "
+                "--skip_train), or give --resume a folder that holds one"
+            )
+        self.checkpointer.load_checkpoint(best[0])
+        weights = average_checkpoints(best, "model", device=self.device)
+        self.hparams.model.load_state_dict(weights, strict=True)
+        logger.info("Evaluating the average of %d checkpoints", len(best))
+
+    def test(self, datasets, loader_options):
+        """Evaluate every test set: {name: dataset} -> {name: {"WER", "CER", "RTF"}}."""
+        for name, dataset in datasets.items():
+            self.test_set = name
+            self.evaluate(dataset, test_loader_kwargs=loader_options(dataset))
+        return self.results
+
+
+def find_foreign(place):
+    """The checkpoint that `resume` names: a CKPT+... folder, or the newest below a folder.
+
+    UserError when there is none.
+    """
+    place = Path(place)
+    if place.name.startswith("CKPT+"):
+        for checkpoint in Checkpointer(place.parent).list_checkpoints():
+            if checkpoint.path.name == place.name:
+                return checkpoint
+    elif place.is_dir():
+        for folder in (place, place / "save"):
+            newest = Checkpointer(folder).find_checkpoint()
+            if newest is not None:
+                return newest
+    raise UserError(
+        f"resume={place} holds no checkpoint; give an output folder, its save folder, or one "
+        "CKPT+... folder in it"
+    )

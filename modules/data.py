@@ -1,0 +1,209 @@
+"""Manifests (CSV) to datasets, tokens and batches."""
+
+import math
+import os
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.dataio.sampler import DynamicBatchSampler, ReproducibleRandomSampler
+from torch.utils.data import BatchSampler, Sampler
+
+from librispeech_prepare import prepare_librispeech
+from modules.errors import UserError
+
+
+def prepare_manifests(hparams):
+    """Write `<split>.csv` for every split, and the merged training manifest, on one process."""
+    sb.utils.distributed.run_on_main(
+        prepare_librispeech,
+        kwargs={
+            "data_folder": hparams["data_folder"],
+            "save_folder": hparams["output_folder"],
+            "tr_splits": hparams["train_splits"],
+            "dev_splits": hparams["dev_splits"],
+            "te_splits": hparams["test_splits"],
+            "merge_lst": hparams["train_splits"],
+            "merge_name": "train.csv",
+            "skip_prep": hparams["skip_prep"],
+        },
+    )
+
+
+def load_manifest(path, hparams):
+    """Read one CSV as a dataset; UserError when it is missing or empty."""
+    if not Path(path).is_file():
+        raise UserError(
+            f"the manifest {path} is missing; run without --skip_prep, or check --train_splits, "
+            "--dev_splits and --test_splits"
+        )
+    dataset = DynamicItemDataset.from_csv(
+        csv_path=str(path), replacements={"data_root": str(hparams["data_folder"])}
+    )
+    if len(dataset) == 0:
+        raise UserError(f"the manifest {path} holds no utterance")
+    return dataset
+
+
+def load_datasets(hparams):
+    """Read the manifests: (train, valid, {test split: dataset})."""
+    folder = Path(hparams["output_folder"])
+    train = load_manifest(hparams["train_csv"], hparams)
+    valid = load_manifest(folder / f"{hparams['dev_splits'][0]}.csv", hparams)
+    for split in hparams["dev_splits"][1:]:
+        more = load_manifest(folder / f"{split}.csv", hparams)
+        valid.data.update(more.data)
+        valid.data_ids.extend(more.data_ids)
+    tests = {
+        split: load_manifest(folder / f"{split}.csv", hparams) for split in hparams["test_splits"]
+    }
+    return train, valid, tests
+
+
+def add_pipelines(hparams, train, valid, tests, text_pipeline, text_keys):
+    """Attach audio and text pipelines; training audio is speed-perturbed.
+
+    text_pipeline (transcript) yields a value a key of text_keys; `wrd` stays beside them.
+    """
+
+    @sb.utils.data_pipeline.takes("wav")
+    @sb.utils.data_pipeline.provides("sig")
+    def read(wav):
+        return sb.dataio.dataio.read_audio(wav)
+
+    @sb.utils.data_pipeline.takes("wav")
+    @sb.utils.data_pipeline.provides("sig")
+    def read_perturbed(wav):
+        sig = sb.dataio.dataio.read_audio(wav)
+        return hparams["speed_perturb"](sig.unsqueeze(0)).squeeze(0)
+
+    takes = sb.utils.data_pipeline.takes("wrd")
+    text = takes(sb.utils.data_pipeline.provides(*text_keys)(text_pipeline))
+    train.add_dynamic_item(read_perturbed)
+    for dataset in (valid, *tests.values()):
+        dataset.add_dynamic_item(read)
+    for dataset in (train, valid, *tests.values()):
+        dataset.add_dynamic_item(text)
+        dataset.set_output_keys(["id", "sig", "wrd", *text_keys])
+
+
+class EpochBatchSampler(BatchSampler):
+    """PyTorch's `BatchSampler` that tells its sampler the epoch."""
+
+    def set_epoch(self, epoch):
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+
+class RankBatchSampler(Sampler):
+    """Every rank's share of another sampler's batches, in turn.
+
+    Rank r of n takes batches r, r + n, ...: n processes see, step by step, the batches that one
+    process with `grad_accumulation_factor` n sees. The last round is filled from the first
+    batches so that all ranks take equally many steps. (SpeechBrain's wrapper fixes the number
+    of batches at the start, but dynamic batches vary in number from epoch to epoch.)
+    """
+
+    def __init__(self, batch_sampler, rank, world_size):
+        self.batch_sampler, self.rank, self.world_size = batch_sampler, rank, world_size
+
+    def __len__(self):
+        return math.ceil(len(self.batch_sampler) / self.world_size)
+
+    def __iter__(self):
+        batches = list(self.batch_sampler)
+        missing = -len(batches) % self.world_size
+        batches += [batches[i % len(batches)] for i in range(missing)]
+        return iter(batches[self.rank :: self.world_size])
+
+    def set_epoch(self, epoch):
+        self.batch_sampler.set_epoch(epoch)
+
+
+def train_loader_options(hparams, dataset):
+    """DataLoader arguments for training: the batch sampler and the workers."""
+    if hparams["dynamic_batching"]:
+        sampler = DynamicBatchSampler(
+            dataset,
+            hparams["max_batch_length_train"],
+            num_buckets=hparams["num_buckets"],
+            length_func=lambda item: float(item["duration"]),
+            shuffle=True,
+            batch_ordering="random",
+            max_batch_ex=hparams["max_batch_ex"],
+            seed=hparams["seed"],
+        )
+    else:
+        sampler = EpochBatchSampler(
+            fixed_order(hparams, dataset), hparams["batch_size"], drop_last=False
+        )
+    return {"batch_sampler": sampler, **worker_options(hparams)}
+
+
+def fixed_order(hparams, dataset):
+    """The order of utterances for batches of fixed size; `sorting` names it."""
+    sorting = hparams["sorting"]
+    if sorting == "random":
+        return ReproducibleRandomSampler(dataset, seed=hparams["seed"])
+    if sorting not in ("ascending", "descending"):
+        raise UserError(f"sorting={sorting!r} is unknown; use random, ascending or descending")
+    durations = [float(dataset.data[i]["duration"]) for i in dataset.data_ids]
+    return sorted(range(len(durations)), key=durations.__getitem__, reverse=sorting == "descending")
+
+
+def eval_loader_options(hparams, dataset, seconds=None):
+    """DataLoader arguments for validation and test: batches of similar lengths.
+
+    seconds bounds a batch's audio; without it `test_batch_size` utterances make a batch.
+    """
+    durations = [float(dataset.data[i]["duration"]) for i in dataset.data_ids]
+    batches = [[]]
+    for i in sorted(range(len(durations)), key=durations.__getitem__):
+        full = len(batches[-1]) == hparams["test_batch_size"]
+        if seconds is not None:
+            full = (len(batches[-1]) + 1) * durations[i] > seconds
+        if full and batches[-1]:
+            batches.append([])
+        batches[-1].append(i)
+    return {"batch_sampler": batches[::-1], **worker_options(hparams)}
+
+
+def worker_options(hparams):
+    workers = hparams["num_workers"]
+    options = {"num_workers": workers, "collate_fn": PaddedBatch, "pin_memory": False}
+    if workers:
+        options["worker_init_fn"] = limit_worker_threads
+    return options
+
+
+def limit_worker_threads(worker):
+    """One thread a worker: they only decode and resample, and share the cores with training."""
+    torch.set_num_threads(1)
+
+
+def hours(dataset):
+    """Hours of audio in a dataset."""
+    return sum(float(dataset.data[i]["duration"]) for i in dataset.data_ids) / 3600
+
+
+def prepare_tokenizer(hparams, train):
+    """Load or train the subword tokenizer, once, and check the head against it."""
+    tokenizer = hparams["tokenizer"]
+    path = Path(hparams["save_folder"]) / "tokenizer.model"
+
+    def fetch_or_train():
+        if path.is_file():
+            return
+        os.makedirs(path.parent, exist_ok=True)
+        source = hparams["pretrained_lm_tokenizer_path"]
+        if source is None:
+            tokenizer.train([train.data[i]["wrd"] for i in train.data_ids], path)
+        else:
+            from modules.language_model import fetch
+
+            fetch(source, "tokenizer.ckpt", path)
+
+    sb.utils.distributed.run_on_main(fetch_or_train)
+    tokenizer.load(path)

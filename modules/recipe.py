@@ -1,0 +1,83 @@
+"""What both training scripts do, in order: prepare, train, evaluate, sum up."""
+
+import os
+from pathlib import Path
+
+import speechbrain as sb
+from speechbrain.utils.distributed import if_main_process
+
+from modules import launch
+from modules.data import eval_loader_options, hours, prepare_manifests, train_loader_options
+from modules.errors import UserError
+
+
+def run_recipe(argv, brain_class, dataio_prepare):
+    """Run a recipe from its command line."""
+    path, hparams, run_opts, overrides = launch.start(argv)
+    make_output_folder(path, hparams, overrides)
+    prepare_manifests(hparams)
+    train, valid, tests = dataio_prepare(hparams)
+    brain = brain_class(hparams, run_opts)
+    quiet = brain.noprogressbar or not os.isatty(2)
+    brain.noprogressbar = quiet
+    if not hparams["skip_train"]:
+        brain.fit(
+            hparams["epoch_counter"],
+            train,
+            valid,
+            train_loader_kwargs=train_loader_options(hparams, train),
+            valid_loader_kwargs=eval_loader_options(
+                hparams, valid, hparams["max_batch_length_val"]
+            ),
+        )
+    brain.prepare_test()
+    brain.test(tests, lambda dataset: eval_loader_options(hparams, dataset))
+    if if_main_process():
+        text = summary(path, hparams, brain, train, tests)
+        (Path(hparams["output_folder"]) / "summary.txt").write_text(text, encoding="utf-8")
+        print(text)
+
+
+def make_output_folder(path, hparams, overrides):
+    """Create the output folder; an evaluation leaves the training's own hyperparams.yaml alone."""
+    folder = Path(hparams["output_folder"])
+    saved = folder / "hyperparams.yaml"
+    keep = hparams["skip_train"] and saved.is_file()
+    try:
+        sb.create_experiment_directory(
+            experiment_directory=str(folder),
+            hyperparams_to_save=None if keep else path,
+            overrides=overrides,
+        )
+    except OSError as error:
+        raise UserError(
+            f"output_folder={folder} cannot be written ({error.strerror}); set --output_folder"
+        ) from error
+
+
+def summary(path, hparams, brain, train, tests):
+    """One screen: model, data, error rates, speed, files."""
+    folder = Path(hparams["output_folder"])
+    parameters = sum(p.numel() for p in hparams["model"].parameters())
+    lines = [
+        "",
+        f"model        {path} ({parameters / 1e6:.3f} M parameters)",
+        f"device       {brain.device}, precision {brain.precision}",
+        f"training     {hours(train):.2f} h a epoch, {hparams['epoch_counter'].current} epochs, "
+        f"{brain.optimizer_step} steps",
+        "",
+        f"{'test set':<20}{'hours':>8}{'WER %':>9}{'CER %':>9}{'RTF':>9}",
+    ]
+    for name, rates in brain.results.items():
+        lines.append(
+            f"{name:<20}{hours(tests[name]):>8.2f}{rates['WER']:>9.2f}{rates['CER']:>9.2f}"
+            f"{rates['RTF']:>9.4f}"
+        )
+    lines += [
+        "",
+        f"transcripts  {folder}/wer_<test set>.txt",
+        f"log          {folder}/train_log.txt",
+        f"checkpoints  {hparams['save_folder']}",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""Text to token ids and back: characters for CTC, SentencePiece units for S2S.
+
+Ids 0, 1, 2 are blank (and padding), bos and eos in both.
+"""
+
+import io
+import os
+from pathlib import Path
+
+import sentencepiece
+
+from modules.errors import UserError
+
+SPECIAL = ("<blank>", "<bos>", "<eos>")
+
+
+class CharacterTokenizer:
+    """One token a character.
+
+    Arguments
+    ---------
+    alphabet : str
+        The characters, in the order of their ids from 3 up.
+    """
+
+    def __init__(self, alphabet):
+        if len(set(alphabet)) != len(alphabet) or not alphabet:
+            raise ValueError(f"alphabet={alphabet!r} must list every character once")
+        self.labels = [*SPECIAL, *alphabet]
+        self.ids = {character: i for i, character in enumerate(self.labels)}
+
+    def __len__(self):
+        return len(self.labels)
+
+    def encode(self, text):
+        """Ids of a transcript; UserError naming a character outside the alphabet."""
+        try:
+            return [self.ids[character] for character in text]
+        except KeyError as unknown:
+            alphabet = "".join(self.labels[len(SPECIAL) :])
+            raise UserError(
+                f"the character {unknown} in {text!r} is not in the alphabet {alphabet!r}; "
+                "clean the transcripts, or set --alphabet and --output_neurons "
+                f"({len(SPECIAL)} more than the alphabet's length)"
+            ) from None
+
+    def decode(self, ids):
+        """Text of ids, without blank, bos and eos."""
+        return "".join(self.labels[i] for i in ids if i >= len(SPECIAL))
+
+
+class SubwordTokenizer:
+    """SentencePiece units, loaded from a file or trained from transcripts.
+
+    Arguments
+    ---------
+    vocab_size : int
+        Units, the three special ones included.
+    model_type : str
+        "unigram", "bpe" or "char".
+    """
+
+    def __init__(self, vocab_size, model_type="unigram"):
+        self.vocab_size, self.model_type = vocab_size, model_type
+        self.model = None
+
+    def __len__(self):
+        return self.model.vocab_size()
+
+    def load(self, path):
+        """Read a SentencePiece model; UserError when it is none, or of another size."""
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{path} is not a SentencePiece model ({error}); give a folder that holds one as "
+                "tokenizer.ckpt, or remove the file to train a new one"
+            ) from None
+        if len(self) != self.vocab_size:
+            raise UserError(
+                f"{path} has {len(self)} units and output_neurons is {self.vocab_size}; "
+                f"set --output_neurons {len(self)}, or another --output_folder"
+            )
+
+    def train(self, texts, path):
+        """Train on transcripts, write the model to `path` at once, and load it.
+
+        UserError when the text is too small for so many units.
+        """
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts),
+                model_writer=model,
+                vocab_size=self.vocab_size,
+                model_type=self.model_type,
+                character_coverage=1.0,
+                # Id 0 is CTC's blank and the padding too: no character is ever unknown.
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=-1,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip() or str(error)
+            raise UserError(
+                f"no {self.model_type} tokenizer of {self.vocab_size} units can be trained from "
+                f"these transcripts: {reason}\nset --output_neurons to what the text allows"
+            ) from None
+        beside = Path(f"{path}.partial")
+        beside.write_bytes(model.getvalue())
+        os.replace(beside, path)
+        self.load(path)
+
+    def encode(self, text):
+        """Ids of a transcript."""
+        return self.model.encode(text)
+
+    def decode(self, ids):
+        """Text of ids, without blank, bos and eos."""
+        return self.model.decode([i for i in ids if i >= len(SPECIAL)])

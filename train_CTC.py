@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Train a speech recogniser with CTC over characters (Graves et al. 2006).
+
+python train_CTC.py hparams/CTC/conmamba_large.yaml --data_folder /data/LibriSpeech
+"""
+
+import speechbrain as sb
+import torch
+
+from modules import launch
+from modules.brain import ASRBrain
+from modules.data import add_pipelines, load_datasets
+from modules.recipe import run_recipe
+from modules.search import CTCSearch, ctc_greedy
+
+
+class ASR(ASRBrain):
+    """Encoder and a linear head; greedy in validation, beam search in test."""
+
+    def compute_forward(self, batch, stage):
+        """Log-probabilities (B, T, V) and lengths (B,) in frames."""
+        x, lengths = self.encode(batch, stage)
+        return self.modules.ctc_head(x).log_softmax(dim=-1), lengths
+
+    def compute_objectives(self, predictions, batch, stage):
+        """The CTC loss; outside training also the error rates."""
+        log_probs, lengths = predictions
+        tokens, token_lengths = self.tokens(batch, "tokens")
+        loss = self.hparams.ctc_cost(log_probs, tokens, lengths, token_lengths)
+        if stage == sb.Stage.VALID:
+            hypotheses = ctc_greedy(log_probs, lengths)
+            self.score(batch, [self.tokenizer.decode(ids) for ids in hypotheses])
+        elif stage == sb.Stage.TEST:
+            self.score(batch, self.test_search(log_probs, lengths))
+        return loss
+
+    def prepare_test(self):
+        """Build the beam search, with the n-gram model when there is one."""
+        self.test_search = CTCSearch(
+            self.tokenizer.labels,
+            beam_size=self.hparams.test_beam_size,
+            beam_prune_logp=self.hparams.beam_prune_logp,
+            token_prune_min_logp=self.hparams.token_prune_min_logp,
+            kenlm_model_path=None if self.hparams.no_lm else self.hparams.kenlm_model_path,
+            lm_weight=self.hparams.lm_weight,
+        )
+
+
+def dataio_prepare(hparams):
+    """Datasets with audio and character tokens: (train, valid, {test set: dataset})."""
+    train, valid, tests = load_datasets(hparams)
+    tokenizer = hparams["tokenizer"]
+
+    def text_pipeline(wrd):
+        return torch.LongTensor(tokenizer.encode(wrd))
+
+    add_pipelines(hparams, train, valid, tests, text_pipeline, ["tokens"])
+    return train, valid, tests
+
+
+def main(argv):
+    run_recipe(argv, ASR, dataio_prepare)
+
+
+if __name__ == "__main__":
+    launch.run(main, "train_CTC.py", "hparams/CTC/conmamba_large.yaml")
