@@ -17,8 +17,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from modules.ops.backends import OK, Call
 from modules.ops.padding import padding_mask

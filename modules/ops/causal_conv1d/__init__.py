@@ -1,0 +1,86 @@
+"""The causal depthwise convolution: the public function, its checks and the choice of backend."""
+
+import torch
+
+from modules.ops.backends import Backends, Call
+from modules.ops.causal_conv1d import cuda, naive, pytorch
+
+# In the order in which "auto" tries them.
+_backends = Backends(
+    "causal_conv1d",
+    "MAMBA_ASR_CONV_BACKEND",
+    {"causal_conv1d": cuda, "torch": pytorch, "naive": naive},
+    reference="naive",
+)
+set_backend = _backends.set_default
+available_backends = _backends.available
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    lengths: torch.Tensor | None = None,
+    reverse: bool = False,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Convolve every channel of a right-padded batch: y_t = bias + sum_k w_k x_{t - K + 1 + k}.
+
+    x: (B, T, D); weight: (D, K); bias: (D,); activation: None or "silu"
+    lengths: (B,) integers, in frames. From there on x counts as zero and the result is zero,
+        whatever x holds there.
+    reverse: the mirror image, w_k times x_{t + K - 1 - k}, from frame lengths - 1 down to 0.
+    initial_state: (B, D, K - 1), the inputs before the first, oldest first; zero if None.
+    backend: a name from `available_backends()`; "auto" leaves the choice to the environment
+        variable MAMBA_ASR_CONV_BACKEND, then `set_backend`, then the device.
+    -> y (B, T, D), or (y, state): the last K - 1 valid inputs, in the order of the scan. Both in
+        x's dtype.
+    Raises ValueError on arguments that do not fit, UserError on a backend that cannot run.
+    """
+    _check(x, weight, bias, activation, lengths, initial_state)
+    call = Call(
+        device=x.device.type,
+        dtype=x.dtype,
+        width=weight.shape[1],
+        needs_grad=torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, weight, bias, initial_state)),
+        initial_state=initial_state is not None,
+        return_state=return_state,
+    )
+    run = _backends.pick(backend, call).causal_conv1d
+    if x.shape[1] == 0:
+        shape = (x.shape[0], weight.shape[0], weight.shape[1] - 1)
+        state = x.new_zeros(shape) if initial_state is None else initial_state.to(x.dtype)
+        y = torch.zeros_like(x)
+    else:
+        y, state = run(x, weight, bias, activation, lengths, reverse, initial_state, return_state)
+    return (y, state) if return_state else y
+
+
+def _check(x, weight, bias, activation, lengths, initial_state):
+    if x.dim() != 3 or weight.dim() != 2:
+        raise ValueError(
+            f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; expected (B, T, D) and (D, K)"
+        )
+    batch, frames, channels = x.shape
+    kernel = weight.shape[1]
+    expected = {
+        "weight": (weight, (channels, kernel)),
+        "bias": (bias, (channels,)),
+        "lengths": (lengths, (batch,)),
+        "initial_state": (initial_state, (batch, channels, kernel - 1)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)}; expected {shape}, from x "
+                f"{(batch, frames, channels)} = (B, T, D) and weight {tuple(weight.shape)} = (D, K)"
+            )
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation is {activation!r}; expected None or 'silu'")
+    if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool):
+        raise ValueError(f"lengths are {lengths.dtype}; expected integers, in frames")
