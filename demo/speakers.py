@@ -18,10 +18,10 @@ ACCENTS = [
 VARIANTS = {
     "train-clean-100": (
         "f1 f2 f4 m1 m2 m3 m4 m6 m7 adam Alex Andy Annie aunty belinda benjamin boris david Denis "
-        "edward grandma grandpa Lee linda Michael norbert quincy robert steph travis victor zac"
+        "edward grandma grandpa Lee Alicia Michael norbert quincy robert steph travis victor zac"
     ),
     "dev-clean": "f3 m5 max shelby paul anika",
-    "test-clean": "f5 m8 rob Alicia john miguel",
+    "test-clean": "f5 m8 rob linda john miguel",
     "test-other": "klatt klatt4 croak Reed Gene Andrea",
 }
 

@@ -2,7 +2,11 @@
 
 import json
 import random
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import soundfile as sf
@@ -58,6 +62,18 @@ def test_corpus_is_kept_replaced_or_refused(espeak, tmp_path, capsys):
     with pytest.raises(UserError, match="is not a demo corpus"):
         make_corpus(tmp_path / "thesis", **TINY)
     assert (tmp_path / "thesis/chapter.tex").exists()
+
+
+def test_killed_run_leaves_nothing_under_the_name(espeak, tmp_path):
+    command = [sys.executable, "-m", "demo.make_corpus", tmp_path / "demo", "--workers", "1"]
+    run = subprocess.Popen(command, cwd=Path(__file__).parents[1])
+    while run.poll() is None and not any(tmp_path.glob("demo.partial/*/*/*/*.flac")):
+        time.sleep(0.1)
+    run.kill()
+    assert run.wait() == -signal.SIGKILL
+    assert not (tmp_path / "demo").exists()
+    make_corpus(tmp_path / "demo", **TINY)
+    assert len(list((tmp_path / "demo").rglob("*.flac"))) == 10
 
 
 def test_every_voice_exists(espeak):
