@@ -65,7 +65,16 @@ def assert_same(got, expected, **tolerance):
 @pytest.fixture(params=SHAPES, ids=str)
 def block(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(chunked, "block_shape", lambda device, size: request.param)
+        monkeypatch.setattr(chunked, "block_shape", lambda *call: request.param)
+
+
+@pytest.fixture(params=["naive", *SHAPES], ids=str)
+def backend(request, monkeypatch):
+    if request.param == "naive":
+        return "naive"
+    if request.param:
+        monkeypatch.setattr(chunked, "block_shape", lambda *call: request.param)
+    return "chunked"
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -125,10 +134,9 @@ def test_autocast_changes_nothing():
             assert_same(run(leaves, backend), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["naive", "chunked"])
 @pytest.mark.parametrize("dt_scale", [1e3, 1e-6])
 @pytest.mark.parametrize("A_scale", [1.0, 1e3])
-def test_extreme_steps_and_decays(backend, dt_scale, A_scale, block):
+def test_extreme_steps_and_decays(backend, dt_scale, A_scale):
     double = make(40, leave_out=("dt_bias",))
     with torch.no_grad():
         double["dt"].copy_(double["dt"].abs().clamp(0.1) * dt_scale)
@@ -147,9 +155,8 @@ def test_extreme_steps_and_decays(backend, dt_scale, A_scale, block):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("backend", ["naive", "chunked"])
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
-def test_garbage_in_padding(backend, reverse, garbage, block):
+def test_garbage_in_padding(backend, reverse, garbage):
     lengths = torch.tensor([21, 0, 5])
     clean = make(21)
     padding = torch.arange(21) >= lengths[:, None]
@@ -209,14 +216,14 @@ def test_pieces_equal_whole(backend, cuts, reverse):
 
 
 def test_gradcheck(block):
-    leaves = make(6, batch=2, channels=2, states=2)
+    leaves = make(5, batch=2, channels=1, states=2)
     for reverse in (False, True):
         torch.autograd.gradcheck(
             lambda *x, reverse=reverse: selective_scan(
                 **dict(zip(leaves, x, strict=True)),
                 dt_softplus=True,
                 reverse=reverse,
-                lengths=torch.tensor([6, 4]),
+                lengths=torch.tensor([5, 4]),
                 return_state=True,
                 backend="chunked",
             ),
@@ -235,14 +242,18 @@ def test_gradient_from_the_state_alone():
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize(
-    "frames,chunks,steps", [(1, 1, 16), (100, 4, 4), (37, 3, 5), (400, 25, 16)]
-)
-def test_blocks_cover_every_frame_once(frames, chunks, steps):
-    covered = []
-    for first, n_chunks, n_steps in chunked.blocks(frames, chunks, steps):
-        covered += range(first, first + n_chunks * n_steps)
+@pytest.mark.parametrize("frames", [1, 37, 100, 400, 1500])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("state_size", [64, 2**16, 2**21])
+def test_blocks_cover_every_frame_once(frames, device, state_size):
+    covered, launches = [], 0
+    shape = chunked.block_shape(device, state_size, frames)
+    for first, chunks, steps in chunked.blocks(frames, *shape):
+        covered += range(first, first + chunks * steps)
+        launches += 2 * steps + chunks
     assert covered == list(range(frames))
+    if device == "cuda" and state_size <= 2**16 and frames >= 100:
+        assert launches < frames / 2
 
 
 def test_shapes_are_checked():

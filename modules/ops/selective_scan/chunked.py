@@ -39,7 +39,7 @@ def selective_scan(
     batch, frames, _ = u.shape
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     layout = Layout(
-        blocks=blocks(frames, *block_shape(u.device.type, batch * A.numel())),
+        blocks=blocks(frames, *block_shape(u.device.type, batch * A.numel(), frames)),
         frames=frames,
         reverse=reverse,
         padding=padding_mask(lengths, frames),
@@ -49,13 +49,13 @@ def selective_scan(
     return _ChunkedScan.apply(*tensors, dt_softplus, layout, keep)
 
 
-def block_shape(device: str, state_size: int) -> tuple[int, int]:
+def block_shape(device: str, state_size: int, frames: int) -> tuple[int, int]:
     """Chunks and steps of a block when all states of one frame are `state_size` = B D N numbers."""
     if device == "cpu":
         # 4 MB a buffer in float32: most steps that stay in cache (tuned with benchmarks/scan.py).
         return 1, min(max(2**20 // state_size, 8), 64)
     # 128 MB a buffer in float32: enough work to hide the launches, little beside a model's own.
-    frames = min(max(2**25 // state_size, 16), 2048)
+    frames = min(max(2**25 // state_size, 16), frames)
     steps = max(math.isqrt(frames // 2), 1)  # the least of 2 steps + chunks
     return frames // steps, steps
 
@@ -126,6 +126,8 @@ class Layout:
 
 
 class _ChunkedScan(torch.autograd.Function):
+    """Names ending in _b are one block's, (steps, chunks, B, X); those ending in _t transposed."""
+
     @staticmethod
     def forward(ctx, u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, layout, keep):
         with torch.autocast(u.device.type, enabled=False):
