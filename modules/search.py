@@ -174,15 +174,34 @@ class JointBeamSearch(S2SBeamSearcher):
 
     def _set_eos_minus_inf_step(self, log_probs, step, min_decode_steps):
         """Hold each utterance to its own limits, where SpeechBrain takes the padded batch's."""
+        self.may_end = step >= self.fewest_tokens
         end = log_probs[:, self.eos_index].clone()
         log_probs = log_probs.masked_fill((step >= self.most_tokens).unsqueeze(1), self.minus_inf)
-        log_probs[:, self.eos_index] = end.masked_fill(step < self.fewest_tokens, self.minus_inf)
+        log_probs[:, self.eos_index] = end
+        return log_probs
+
+    def _eos_threshold_step(self, log_probs):
+        if self.using_eos_threshold:
+            self.may_end &= self._check_eos_threshold(log_probs)
         return log_probs
 
     def _check_eos_threshold(self, log_probs):
         """A sure eos has log-probability 0, which fails SpeechBrain's 0 > eos_threshold x 0."""
         best = log_probs.argmax(dim=-1) == self.eos_index
         return best | super()._check_eos_threshold(log_probs)
+
+    def _scorer_step(self, inp_tokens, scorer_memory, attn, log_probs):
+        """Add the scorers, then block eos where it may not come yet.
+
+        A hypothesis that can take no other token may always end: it is at its limit, or CTC has no
+        frame left for one.
+        """
+        log_probs, scorer_memory = super()._scorer_step(inp_tokens, scorer_memory, attn, log_probs)
+        end = log_probs[:, self.eos_index].clone()
+        log_probs[:, self.eos_index] = self.minus_inf
+        stuck = ~self._is_live(log_probs).any(dim=1)
+        log_probs[:, self.eos_index] = end.masked_fill(~(self.may_end | stuck), self.minus_inf)
+        return log_probs, scorer_memory
 
     def _is_live(self, scores):
         """Tell scores from sums that hold a blocked token: those are under -1e20 / tokens."""
