@@ -131,6 +131,8 @@ def _make_folder(save_folder):
         raise UserError(
             f"save_folder={save_folder} cannot be made ({error.strerror}); choose another"
         ) from error
+    if not os.access(save_folder, os.W_OK):
+        raise UserError(f"save_folder={save_folder} cannot be written to; choose another")
 
 
 def _note_overlaps(groups, reports):

@@ -20,7 +20,7 @@ VARIANTS = {
         "f1 f2 f4 m1 m2 m3 m4 m6 m7 adam Alex Andy Annie aunty belinda benjamin boris david Denis "
         "edward grandma grandpa Lee Alicia Michael norbert quincy robert steph travis victor zac"
     ),
-    "dev-clean": "f3 m5 max shelby paul anika",
+    "dev-clean": "f3 m5 max shelby paul steph2",
     "test-clean": "f5 m8 rob linda john miguel",
     "test-other": "klatt klatt4 croak Reed Gene Andrea",
 }

@@ -97,6 +97,12 @@ def test_select_n_sentences_replaces_unusable_ones(corpus, tmp_path):
     assert ids(tmp_path / "train-clean-100.csv") == ["19-1-0001", "26-1-0000"]
 
 
+def test_few_sentences_of_a_large_split_are_not_refused_for_its_rare_faults(tmp_path):
+    chapter(tmp_path / "data/train", 19, ["ONE"] * 29 + [""])
+    prepare_librispeech(tmp_path / "data", tmp_path, "train", [], [], 2)  # 1 of 30, not 1 of 3
+    assert "1 left out (3.3 %)" in report(tmp_path) and "empty text: 1" in report(tmp_path)
+
+
 def test_skip_prep_does_nothing(tmp_path):
     prepare_librispeech("/nowhere", tmp_path / "save", ["a"], [], [], None, [], None, True)
     assert not (tmp_path / "save").exists()

@@ -9,7 +9,7 @@ from modules.errors import UserError
 
 def names_of(value):
     """A name or several -> list of names, each once."""
-    return [value] if isinstance(value, str) else list(dict.fromkeys(value))
+    return [value] if isinstance(value, str) else list(dict.fromkeys(value or ()))
 
 
 def check_options(data_folder, splits, merge_lst, merge_name, max_bad_fraction, limits):

@@ -61,12 +61,22 @@ class SplitReport:
 
     split: str
     usable: list[Utterance] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+    text_faults: list[Fault] = field(default_factory=list)
+    audio_faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unchecked: int = 0  # sentences with text whose audio a limit left unread
+
+    @property
+    def faults(self):
+        return self.text_faults + self.audio_faults
 
     @property
     def bad_fraction(self):
-        return len(self.faults) / max(1, len(self.faults) + len(self.usable))
+        """The share of the split that is unusable, taking unread audio to be like the rest."""
+        checked = len(self.usable) + len(self.audio_faults)
+        found = len(self.text_faults) + checked + self.unchecked
+        text = len(self.text_faults) / max(1, found)
+        return text + (1 - text) * len(self.audio_faults) / max(1, checked)
 
     def summary(self):
         hours = sum(u.duration for u in self.usable) / 3600

@@ -59,15 +59,14 @@ def read_split(split, source, wanted, allowed_characters, workers, **limits):
     `wanted` usable sentences are taken from the start in order of ids (None: all).
     """
     utterances, faults, notes = source.read()
-    report = SplitReport(split, faults=faults, notes=notes)
     utterances, text_faults = check_texts(utterances, allowed_characters)
-    report.faults += text_faults
+    report = SplitReport(split, text_faults=faults + text_faults, notes=notes)
     total = len(utterances) if wanted is None else min(wanted, len(utterances))
     with tqdm(total=total, desc=split, disable=not sys.stderr.isatty()) as progress:
-        report.usable, audio_faults = check_utterances(
+        report.usable, report.audio_faults = check_utterances(
             utterances, wanted, workers, progress, **limits
         )
-    report.faults += audio_faults
+    report.unchecked = len(utterances) - len(report.usable) - len(report.audio_faults)
     if wanted is not None:
         report.notes.append(f"limited to {wanted} sentences of {len(utterances)}")
     if isinstance(source, ManifestSource):
