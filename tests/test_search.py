@@ -405,10 +405,12 @@ def test_ctc_takes_bfloat16_and_rejects_other_vocabularies():
 
 
 def test_missing_ngram_package_and_file_are_user_errors(tmp_path, monkeypatch):
-    monkeypatch.setattr("modules.search.find_spec", lambda name: None if name == "kenlm" else name)
+    monkeypatch.setattr(
+        "modules.search.ctc.find_spec", lambda name: None if name == "kenlm" else name
+    )
     with pytest.raises(UserError, match="pip install kenlm"):
         CTCSearch(LABELS, kenlm_model_path=str(tmp_path / "no.arpa"))
-    monkeypatch.setattr("modules.search.find_spec", lambda name: name)
+    monkeypatch.setattr("modules.search.ctc.find_spec", lambda name: name)
     with pytest.raises(UserError, match=r"no\.arpa is no file"):
         CTCSearch(LABELS, kenlm_model_path=str(tmp_path / "no.arpa"))
 

@@ -1,20 +1,15 @@
-"""Search: joint CTC/attention beam search for decoders, best path and beam search for CTC.
+"""Joint CTC/attention beam search: SpeechBrain's searcher over a decoder with carried state.
 
-Both stand on SpeechBrain's searchers (speechbrain.decoders, Apache 2.0) and add what those lack:
-a decoder with carried state, limits that know each utterance's own length, exact lengths.
+What it adds to `S2SBeamSearcher`: the memory is read once, each utterance has limits of its own
+length (SpeechBrain's come from the padded batch), and no blocked candidate ever wins or counts.
 """
 
-from importlib.util import find_spec
-from pathlib import Path
-
 import torch
-from speechbrain.decoders.ctc import CTCBeamSearcher, filter_ctc_output
 from speechbrain.decoders.scorer import CTCScorer, ScorerBuilder, TransformerLMScorer
 from speechbrain.decoders.seq2seq import S2SBeamSearcher
 from torch.nn import functional as F  # noqa: N812
 
 from modules.decoder import select_hypotheses
-from modules.errors import UserError
 from modules.lengths import relative, zero_padding
 
 
@@ -247,98 +242,3 @@ def reorder(state, start, index):
     if isinstance(state, tuple | list):
         return type(state)(reorder(a, b, index) for a, b in zip(state, start, strict=True))
     return select_hypotheses(state, index)
-
-
-def ctc_greedy(log_probs, lengths, blank_index=0, forbidden=(1, 2)):
-    """Best path: the best token of each frame, repetitions merged, blanks dropped.
-
-    log_probs (B, T, V), or logits; lengths (B,) in frames -> B lists of token ids. Tokens in
-    `forbidden` (bos and eos) never appear.
-    """
-    best = forbid(log_probs, forbidden).argmax(dim=-1).tolist()
-    return [
-        filter_ctc_output(path[:length], blank_id=blank_index)
-        for path, length in zip(best, lengths.tolist(), strict=True)
-    ]
-
-
-def forbid(log_probs, tokens):
-    """Set the log-probability of tokens to minus infinity: (B, T, V) -> (B, T, V)."""
-    log_probs = log_probs.clone()
-    log_probs[..., list(tokens)] = float("-inf")
-    return log_probs
-
-
-class CTCSearch:
-    """CTC beam search with an optional word n-gram: SpeechBrain's `CTCBeamSearcher`.
-
-    Arguments
-    ---------
-    labels : list of str
-        Text of each token, " " between words; those of blank and `forbidden` do not matter.
-    beam_size : int
-        Hypotheses kept an utterance.
-    beam_prune_logp, token_prune_min_logp : float
-        Drop hypotheses this far under the best one; of each frame read only its best token and
-        those above this natural log-probability.
-    kenlm_model_path : str or None
-        Word n-gram, .arpa or .bin. UserError if it, kenlm or pygtrie is missing.
-    alpha, beta : float
-        Weight of the n-gram and bonus a word.
-    blank_index : int
-    forbidden : tuple of int
-        Tokens that never appear: bos and eos.
-    """
-
-    def __init__(
-        self,
-        labels,
-        beam_size=100,
-        beam_prune_logp=-12.0,
-        token_prune_min_logp=-1.2,
-        kenlm_model_path=None,
-        alpha=0.5,
-        beta=1.5,
-        blank_index=0,
-        forbidden=(1, 2),
-    ):
-        if kenlm_model_path is not None:
-            check_kenlm(kenlm_model_path)
-        self.searcher = CTCBeamSearcher(
-            blank_index,
-            list(labels),
-            kenlm_model_path=kenlm_model_path,
-            alpha=alpha,
-            beta=beta,
-            beam_size=beam_size,
-            beam_prune_logp=beam_prune_logp,
-            token_prune_min_logp=token_prune_min_logp,
-        )
-        self.forbidden = forbidden
-
-    def __call__(self, log_probs, lengths):
-        """log_probs (B, T, V), lengths (B,) in frames -> B texts, words one space apart.
-
-        ValueError if V is not the number of labels.
-        """
-        num_labels = len(self.searcher.vocab_list)
-        if log_probs.shape[-1] != num_labels:
-            raise ValueError(f"log_probs has {log_probs.shape[-1]} tokens for {num_labels} labels")
-        frames = forbid(log_probs.detach().float(), self.forbidden).cpu().numpy()
-        # Utterance by utterance: SpeechBrain's batch call truncates relative lengths.
-        return [
-            self.searcher.decode_log_probs(x, length)[0].text
-            for x, length in zip(frames, lengths.tolist(), strict=True)
-        ]
-
-
-def check_kenlm(path):
-    """UserError unless the n-gram file and the packages that read it are there."""
-    missing = [name for name in ("kenlm", "pygtrie") if find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"kenlm_model_path={path} needs {' and '.join(missing)}; "
-            f"run `pip install {' '.join(missing)}`, or leave kenlm_model_path out"
-        )
-    if not Path(path).is_file():
-        raise UserError(f"kenlm_model_path={path} is no file; give an .arpa or .bin n-gram")
