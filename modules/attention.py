@@ -1,7 +1,7 @@
 """Attention: the Conformer's two mixers, and the Transformer decoder's layer with its cache."""
 
 import torch
-from speechbrain.nnet.attention import RoPEMHA
+from speechbrain.nnet.attention import RoPEMHA, _get_precomputed_values
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -90,7 +90,9 @@ def sine_encoding(positions, d_model, dtype):
     table them up to.
     """
     half = torch.arange(0, d_model, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.to(torch.float32).unsqueeze(1) * torch.exp(half * (-9.210340371976184 / d_model))
+    angles = positions.to(torch.float32).unsqueeze(1) * torch.exp(
+        half * (-9.210340371976184 / d_model)
+    )
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :d_model].to(dtype)
 
 
@@ -105,14 +107,31 @@ class RoPEAttention(nn.Module):
     def __init__(self, d_model, num_heads, dropout=0.0):
         super().__init__()
         check_heads(d_model, num_heads)
+        if (d_model // num_heads) % 2:
+            raise ValueError(
+                f"d_model={d_model} over num_heads={num_heads} gives heads of odd size, which "
+                f"cannot be rotated in pairs; make d_model a multiple of {2 * num_heads}"
+            )
         self.attention = RoPEMHA(d_model, num_heads, dropout)
 
     def forward(self, x, lengths, state=None):
         """x (B, T, D), lengths (B,) -> y (B, T, D), None: it attends to the whole utterance."""
         assert state is None, "attention over the whole utterance has no state"
         padded = ~valid_frames(lengths, x.shape[1])
+        self._make_tables(x)
         y = self.attention(x, x, x, key_padding_mask=padded, return_attn_weights=False)
         return y, None
+
+    def _make_tables(self, x):
+        """Have SpeechBrain make its tables of sines, kept for the process, as ordinary tensors.
+
+        Made in inference mode, they could not be trained with afterwards.
+        """
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        with torch.inference_mode(False):
+            _get_precomputed_values(x.shape[1], self.attention.head_dim, dtype, x.device)
 
 
 class CachedAttention(nn.Module):
