@@ -1,0 +1,177 @@
+"""In pieces of any size the result and the final state are those of the whole."""
+
+import random
+from functools import partial
+
+import pytest
+import torch
+
+from modules.attention import sine_encoding
+from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
+from modules.encoder import Encoder
+from modules.mamba import Mamba
+
+torch.set_num_threads(1)  # for tensors this small, threads cost more than they save
+
+TOLERANCES = {
+    torch.float32: {"atol": 1e-5, "rtol": 1e-5},
+    torch.float64: {"atol": 1e-10, "rtol": 0},
+}
+FRAMES = 41
+# The second ends inside a piece, the third at the edge of several, the last never begins.
+LENGTHS = torch.tensor([41, 17, 21, 1, 0])
+LAYERS = {
+    "transformer": partial(TransformerDecoderLayer, num_heads=2),
+    "mamba": partial(MambaDecoderLayer, d_state=4),
+}
+
+
+def cuts(size):
+    """Sizes of the pieces of FRAMES frames; "random" ones may be empty."""
+    if size == "random":
+        draw = random.Random(0)
+        points = sorted(draw.choices(range(FRAMES + 1), k=9))
+        return [b - a for a, b in zip([0, *points], [*points, FRAMES], strict=True)]
+    if size == "empty pieces":
+        return [0, 5, 0, 0, FRAMES - 5, 0]
+    return [size] * (FRAMES // size) + [FRAMES % size]
+
+
+def pieces(x, size):
+    """Cut (B, T, ...) into (piece, how much of it each utterance fills)."""
+    first = 0
+    for frames in cuts(size):
+        yield x[:, first : first + frames], (LENGTHS - first).clamp(0, frames)
+        first += frames
+    assert first == FRAMES
+
+
+SIZES = [1, 3, 7, 21, "random", "empty pieces"]
+every_size = pytest.mark.parametrize("size", SIZES)
+every_precision = pytest.mark.parametrize("dtype", TOLERANCES)
+
+
+def prepare(model, dtype):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+@every_precision
+@every_size
+@torch.no_grad()
+def test_mamba(size, dtype):
+    mixer = prepare(Mamba(8, d_state=4), dtype)
+    x = torch.randn(5, FRAMES, 8, dtype=dtype)
+    expected, expected_state = mixer(x, LENGTHS, mixer.initial_state(5))
+    stateless, none = mixer(x, LENGTHS)
+    assert none is None
+    torch.testing.assert_close(expected, stateless, **TOLERANCES[dtype])
+
+    state, results = mixer.initial_state(5), []
+    for piece, lengths in pieces(x, size):
+        y, state = mixer(piece, lengths, state)
+        results.append(y)
+    torch.testing.assert_close(torch.cat(results, dim=1), expected, **TOLERANCES[dtype])
+    torch.testing.assert_close(state, expected_state, **TOLERANCES[dtype])
+
+
+@torch.no_grad()
+def test_the_state_of_an_utterance_is_that_after_its_own_end():
+    mixer = prepare(Mamba(8, d_state=4), torch.float64)
+    x = torch.randn(5, FRAMES, 8, dtype=torch.float64)
+    _, states = mixer(x, LENGTHS, mixer.initial_state(5))
+    for i, length in enumerate(LENGTHS.tolist()):
+        one = slice(i, i + 1)
+        _, alone = mixer(x[one, :length], LENGTHS[one], mixer.initial_state(1))
+        for ours, expected in zip(states, alone, strict=True):
+            torch.testing.assert_close(ours[one], expected, **TOLERANCES[torch.float64])
+
+
+@every_precision
+@every_size
+@torch.no_grad()
+def test_causal_encoder(size, dtype):
+    encoder = Encoder(6, 8, 12, 2, partial(Mamba, d_state=4), kernel_size=5, causal=True)
+    encoder = prepare(encoder, dtype)
+    x = torch.randn(5, FRAMES, 6, dtype=dtype)
+    expected, _, expected_state = encoder(x, LENGTHS, encoder.initial_state(5))
+    torch.testing.assert_close(expected, encoder(x, LENGTHS)[0], **TOLERANCES[dtype])
+
+    state, results = encoder.initial_state(5), []
+    for piece, lengths in pieces(x, size):
+        y, piece_lengths, state = encoder(piece, lengths, state)
+        assert piece_lengths.tolist() == lengths.tolist()
+        results.append(y)
+    torch.testing.assert_close(torch.cat(results, dim=1), expected, **TOLERANCES[dtype])
+    torch.testing.assert_close(state, expected_state, **TOLERANCES[dtype])
+
+
+@every_precision
+@every_size
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_decoder(name, size, dtype):
+    decoder = prepare(Decoder(11, 8, 12, 2, LAYERS[name]), dtype)
+    tokens = torch.randint(1, 11, (5, FRAMES))
+    memory = torch.randn(5, 13, 8, dtype=dtype)
+    memory_lengths = torch.tensor([13, 4, 1, 12, 7])
+    expected, expected_state = decoder.advance(
+        tokens, decoder.start(memory, memory_lengths), LENGTHS
+    )
+    whole, _ = decoder(tokens, LENGTHS, memory, memory_lengths)
+
+    state, results = decoder.start(memory, memory_lengths), []
+    for piece, lengths in pieces(tokens, size):
+        y, state = decoder.advance(piece, state, lengths)
+        results.append(y)
+    results = torch.cat(results, dim=1)
+    for row, length in enumerate(LENGTHS.tolist()):
+        for reference in (expected, whole):
+            torch.testing.assert_close(
+                results[row, :length], reference[row, :length], **TOLERANCES[dtype]
+            )
+    torch.testing.assert_close(state, expected_state, **TOLERANCES[dtype])
+
+
+@torch.no_grad()
+def test_a_causal_encoder_has_no_length_limit():
+    encoder = Encoder(4, 4, 4, 1, partial(Mamba, d_state=2), kernel_size=5, causal=True)
+    encoder = prepare(encoder, torch.float64)
+    x = torch.randn(1, 3100, 4, dtype=torch.float64)
+    expected, _ = encoder(x, torch.tensor([3100]))
+    state, results = encoder.initial_state(1), []
+    for piece in x.split(1000, dim=1):
+        y, _, state = encoder(piece, torch.tensor([piece.shape[1]]), state)
+        results.append(y)
+    torch.testing.assert_close(torch.cat(results, dim=1), expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_decoders_have_no_length_limit(name):
+    decoder = prepare(Decoder(11, 4, 4, 1, LAYERS[name]), torch.float64)
+    tokens = torch.randint(1, 11, (1, 3010))
+    memory, memory_lengths = torch.randn(1, 5, 4, dtype=torch.float64), torch.tensor([5])
+    expected, _ = decoder.advance(tokens, decoder.start(memory, memory_lengths))
+    _, state = decoder.advance(tokens[:, :3000], decoder.start(memory, memory_lengths))
+    for u in range(3000, 3010):
+        y, state = decoder.advance(tokens[:, u : u + 1], state)
+        torch.testing.assert_close(y[:, 0], expected[:, u], atol=1e-10, rtol=0)
+
+
+def test_positions_far_out_are_those_of_the_formula():
+    positions = torch.tensor([0, 1, 2499, 2500, 2501, 3000, 45000])
+    channels = torch.arange(12, dtype=torch.float64)
+    angles = positions.double().unsqueeze(1) / 10000 ** ((channels - channels % 2) / 12)
+    expected = torch.where(channels % 2 == 0, angles.sin(), angles.cos())
+    encoding = sine_encoding(positions, 12, torch.float64)
+    # Angles are float32: their rounding grows with them.
+    error = (encoding - expected).abs().amax(dim=1)
+    assert (error < 1e-6 + 1.2e-7 * positions).all()
+    torch.testing.assert_close(
+        encoding[5], sine_encoding(torch.arange(2990, 3010), 12, torch.float64)[10]
+    )
+    assert sine_encoding(positions, 7, torch.float32).shape == (7, 7)
