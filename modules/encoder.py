@@ -153,7 +153,9 @@ class Encoder(nn.Module):
         )
         if causal and not all(layer.mixer.causal for layer in self.layers):
             name = type(self.layers[0].mixer).__name__
-            raise ValueError(f"causal=True needs a causal mixer, not {name}; use modules.mamba.Mamba")
+            raise ValueError(
+                f"causal=True needs a causal mixer, not {name}; use modules.mamba.Mamba"
+            )
         self.norm = nn.LayerNorm(d_model, eps=1e-6)
         self.causal = causal
         self.gradient_checkpointing = gradient_checkpointing
@@ -174,10 +176,11 @@ class Encoder(nn.Module):
         x = self.input_layer(zero_padding(x, lengths))
         new_state = []
         for i, layer in enumerate(self.layers):
+            carried = None if state is None else state[i]
             if self.gradient_checkpointing and self.training:
-                x, carried = checkpoint(layer, x, lengths, use_reentrant=False)
+                x, carried = checkpoint(layer, x, lengths, carried, use_reentrant=False)
             else:
-                x, carried = layer(x, lengths, None if state is None else state[i])
+                x, carried = layer(x, lengths, carried)
             new_state.append(carried)
         x = zero_padding(self.norm(x), lengths)
         return (x, lengths) if state is None else (x, lengths, new_state)

@@ -1,0 +1,215 @@
+"""The encoder: its mixers against SpeechBrain's, memory saved, precision, errors."""
+
+from functools import partial
+
+import pytest
+import torch
+from speechbrain.nnet.attention import RelPosEncXL, RelPosMHAXL, RoPEMHA
+from torch import nn
+
+from modules.attention import CachedAttention, RelPosAttention, RoPEAttention
+from modules.encoder import ConvModule, Encoder
+from modules.mamba import BiMamba, Mamba
+
+torch.set_num_threads(1)  # for tensors this small, threads cost more than they save
+
+MIXERS = {
+    "relative": partial(RelPosAttention, num_heads=2),
+    "rotary": partial(RoPEAttention, num_heads=2),
+    "bimamba": partial(BiMamba, d_state=4),
+    "mamba": partial(Mamba, d_state=4),
+}
+
+
+def make_encoder(mixer, **options):
+    torch.manual_seed(0)
+    return Encoder(10, 16, 24, 2, MIXERS[mixer], kernel_size=7, **options)
+
+
+def batch(dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(3, 20, 10, dtype=dtype), torch.tensor([20, 7, 12])
+
+
+@pytest.mark.parametrize("frames", [1, 2, 17])
+def test_relative_attention_equals_speechbrain(frames):
+    torch.manual_seed(0)
+    ours, theirs = RelPosAttention(24, 4).eval(), RelPosMHAXL(24, 4).eval()
+    weights = ours.state_dict()
+    for name in ("pos_bias_u", "pos_bias_v"):
+        weights[name] = weights[name].reshape(theirs.state_dict()[name].shape)
+    theirs.load_state_dict(weights)
+    x, lengths = torch.randn(3, frames, 24), torch.tensor([frames, max(frames // 2, 1), 1])
+    padded = torch.arange(frames) >= lengths.unsqueeze(1)
+    expected, _ = theirs(x, x, x, RelPosEncXL(24)(x), key_padding_mask=padded)
+    y, _ = ours(x, lengths)
+    torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_rotary_attention_is_speechbrains():
+    torch.manual_seed(0)
+    ours, theirs = RoPEAttention(24, 4).eval(), RoPEMHA(24, 4).eval()
+    theirs.load_state_dict(ours.attention.state_dict())
+    x = torch.randn(2, 9, 24)
+    y, _ = ours(x, torch.tensor([9, 9]))
+    assert torch.equal(y, theirs(x, x, x, return_attn_weights=False))
+
+
+@pytest.mark.parametrize("mixer", ["relative", "rotary"])
+def test_attention_knows_the_order_of_frames(mixer):
+    attention = MIXERS[mixer](16).eval()
+    x, lengths = torch.randn(1, 9, 16), torch.tensor([9])
+    y, _ = attention(x, lengths)
+    # Not merely reversed: relative attention goes by the distance, whichever side it lies on.
+    order = torch.tensor([4, 0, 7, 2, 8, 5, 1, 3, 6])
+    shuffled, _ = attention(x[:, order], lengths)
+    assert (shuffled - y[:, order]).abs().max() > 1e-3
+
+
+def test_bimamba_mirrors_itself():
+    mixer = BiMamba(16, d_state=4).double()
+    x, lengths = torch.randn(1, 9, 16, dtype=torch.float64), torch.tensor([9])
+    y, _ = mixer(x, lengths)
+    mixer.forward_ssm.load_state_dict(mixer.backward_ssm.state_dict())
+    same, _ = mixer(x, lengths)
+    mirrored, _ = mixer(x.flip(1), lengths)
+    torch.testing.assert_close(mirrored.flip(1), same)
+    assert (same - y).abs().max() > 1e-6  # each direction has weights of its own
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_non_causal_encoder_sees_both_ways_and_a_causal_one_the_past(mixer):
+    for causal in {False, mixer == "mamba"}:
+        encoder = make_encoder(mixer, causal=causal).eval()
+        x, _ = batch()
+        changed = x.clone()
+        changed[:, 10] += 1
+        with torch.no_grad():
+            before, after = (encoder(v, torch.tensor([20] * 3))[0] for v in (x, changed))
+        moved = (before - after).abs().amax(dim=(0, 2)) > 1e-7
+        assert moved[10:].all()
+        assert moved[:10].any() != causal
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_gradient_checkpointing_changes_nothing_but_memory(mixer):
+    results = []
+    for checkpointing in (False, True):
+        encoder = make_encoder(mixer, dropout=0.3, gradient_checkpointing=checkpointing).train()
+        x, lengths = batch()
+        x.requires_grad_()
+        torch.manual_seed(2)
+        y, _ = encoder(x, lengths)
+        saved = count_saved(encoder, x, lengths)
+        y.square().sum().backward()
+        gradients = {name: p.grad for name, p in encoder.named_parameters()}
+        results.append((y.detach(), x.grad, gradients, saved))
+    (y, dx, gradients, saved), (y_c, dx_c, gradients_c, saved_c) = results
+    assert torch.equal(y, y_c)
+    torch.testing.assert_close(dx, dx_c, atol=0, rtol=1e-6)
+    torch.testing.assert_close(gradients, gradients_c, atol=1e-7, rtol=1e-5)
+    assert saved_c < 0.2 * saved
+
+
+def count_saved(encoder, x, lengths):
+    """How many numbers a forward pass keeps for its backward pass, parameters aside."""
+    sizes = {}
+    own = {p.data_ptr() for p in encoder.parameters()}
+
+    def pack(t):
+        if t.data_ptr() not in own:
+            sizes[t.data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y, _ = encoder(x, lengths)
+    del y
+    return sum(sizes.values())
+
+
+def test_gradient_checkpointing_hands_the_state_on():
+    results = []
+    for checkpointing in (False, True):
+        encoder = make_encoder(
+            "mamba", causal=True, dropout=0.0, gradient_checkpointing=checkpointing
+        )
+        x, lengths = batch()
+        state = encoder.initial_state(3)
+        _, _, state = encoder(x[:, :11], lengths.clamp(max=11), state)
+        y, _, state = encoder(x[:, 11:], (lengths - 11).clamp(min=0), state)
+        y.sum().backward()
+        results.append((y, state, [p.grad for p in encoder.parameters()]))
+    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_bfloat16_autocast_is_close(mixer):
+    encoder = make_encoder(mixer, dropout=0.0)
+    x, lengths = batch()
+    expected, _ = encoder(x, lengths)
+    expected.square().mean().backward()
+    exact = {name: p.grad.clone() for name, p in encoder.named_parameters()}
+    encoder.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = encoder(x, lengths)
+    y.float().square().mean().backward()
+    assert (y.float() - expected).abs().max() < 0.15
+    assert (y.float() - expected).square().mean().sqrt() < 0.02
+    for name, p in encoder.named_parameters():
+        assert p.grad.dtype == torch.float32
+        assert torch.isfinite(p.grad).all(), name
+        assert (p.grad - exact[name]).norm() < 0.15 * exact[name].norm() + 1e-3, name
+
+
+def test_bfloat16_autocast_in_pieces_is_close():
+    encoder = make_encoder("mamba", causal=True, dropout=0.0).eval()
+    x, lengths = batch()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, _ = encoder(x, lengths)
+        state, results = encoder.initial_state(3), []
+        for first in range(0, 20, 4):
+            y, _, state = encoder(x[:, first : first + 4], (lengths - first).clamp(0, 4), state)
+            results.append(y)
+    torch.testing.assert_close(torch.cat(results, dim=1), expected, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_dropout_acts_in_training_alone(mixer):
+    encoder = make_encoder(mixer, dropout=0.5)
+    x, lengths = batch()
+    assert not torch.equal(encoder(x, lengths)[0], encoder(x, lengths)[0])
+    encoder.eval()
+    assert torch.equal(encoder(x, lengths)[0], encoder(x, lengths)[0])
+
+
+@pytest.mark.parametrize("mixer", ["relative", "rotary", "bimamba"])
+def test_a_causal_encoder_needs_a_causal_mixer(mixer):
+    with pytest.raises(ValueError, match=r"causal=True needs a causal mixer, not \w+; use"):
+        make_encoder(mixer, causal=True)
+
+
+def test_only_a_causal_encoder_runs_in_pieces():
+    with pytest.raises(ValueError, match="build it with causal=True"):
+        make_encoder("mamba").initial_state(1)
+
+
+@pytest.mark.parametrize("attention", [RelPosAttention, RoPEAttention, CachedAttention])
+def test_heads_must_divide_the_model(attention):
+    message = r"d_model=144 is not divisible by num_heads=5; use one of \[1, 2, 3, 4, 6, 8, 9\]"
+    with pytest.raises(ValueError, match=message):
+        attention(144, 5)
+
+
+def test_rotary_heads_must_be_even():
+    with pytest.raises(ValueError, match="make d_model a multiple of 4"):
+        RoPEAttention(18, 2)
+
+
+def test_an_even_kernel_is_an_error():
+    with pytest.raises(ValueError, match="kernel_size=30 must be odd; use 31"):
+        ConvModule(8, 30, nn.GELU, 0.1, causal=False)
+
+
+def test_an_unknown_initialization_is_an_error():
+    with pytest.raises(ValueError, match="initialization='xavier' is unknown"):
+        make_encoder("mamba", initialization="xavier")
