@@ -192,16 +192,23 @@ def test_a_wide_beam_finds_the_best_of_all(layer, seed):
     assert scores == pytest.approx([best_score], abs=1e-5)
 
 
-def test_a_wider_beam_keeps_one_result_when_candidates_run_out(layer):
-    """Beams beyond the 40 sequences there are must add nothing, blocked candidates least of all."""
-    parts = make_parts(layer, 6, 3)
-    memory, lengths = make_memory(3, lengths=(3, 2))
-    searches = (
-        JointBeamSearch(*parts, beam_size=n, ctc_weight=0.3, using_eos_threshold=False)
-        for n in (40, 90)
-    )
-    results = [search(memory, lengths) for search in searches]
-    check_equal(*results)
+def test_blocked_candidates_never_count_as_finished(layer):
+    """One token to choose from and an end that never comes: blocked candidates fill the beams."""
+    parts = make_parts(layer, 4, 3)
+    with torch.no_grad():
+        parts[1].bias[EOS] -= 50
+    memory, lengths = make_memory(3, lengths=(9, 6))
+    hypotheses, _ = JointBeamSearch(*parts, beam_size=12)(memory, lengths)
+    assert hypotheses == [[3] * 9, [3] * 6]
+
+
+def test_a_diverged_model_gives_empty_hypotheses(layer):
+    parts = make_parts(layer, 9, 0)
+    with torch.no_grad():
+        parts[1].weight.fill_(float("nan"))
+    memory, lengths = make_memory(0, lengths=(4, 2))
+    search = JointBeamSearch(*parts, beam_size=3, ctc_weight=0.4)
+    assert search(memory, lengths) == ([[], []], [-float("inf")] * 2)
 
 
 def test_the_memory_is_read_once_and_its_projection_is_never_copied(layer, monkeypatch):
