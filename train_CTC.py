@@ -42,7 +42,7 @@ class ASR(ASRBrain):
             beam_prune_logp=self.hparams.beam_prune_logp,
             token_prune_min_logp=self.hparams.token_prune_min_logp,
             kenlm_model_path=None if self.hparams.no_lm else self.hparams.kenlm_model_path,
-            lm_weight=self.hparams.lm_weight,
+            alpha=self.hparams.lm_weight,
         )
 
 

@@ -79,11 +79,8 @@ def reflect_frames(x, lengths, reach):
     before = [x[batch, last.clamp(max=i)].unsqueeze(1) for i in range(reach, 0, -1)]
     room = x.new_zeros(x.shape[0], reach, *x.shape[2:])
     x = torch.cat([*before, x, room], dim=1)
-    time = torch.arange(x.shape[1], device=x.device).view(1, -1, *[1] * (x.dim() - 2))
-    end = (lengths + reach).view(-1, 1, *[1] * (x.dim() - 2))
     for i in range(reach):
-        mirrored = x[batch, reach + (last - 1 - i).clamp(min=0)].unsqueeze(1)
-        x = torch.where(time == end + i, mirrored, x)
+        x[batch, lengths + reach + i] = x[batch, reach + (last - 1 - i).clamp(min=0)]
     return x
 
 

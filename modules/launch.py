@@ -34,6 +34,10 @@ wer_<test set>.txt in output_folder. Environment: python -m modules.environment
 HPARAMS files here: {available}
 """
 
+class Wiring:
+    """Stands for the value of a key that makes an object."""
+
+
 # SpeechBrain's run options that matter to users; the others work too.
 SHOWN_OPTIONS = (
     "device precision eval_precision grad_accumulation_factor max_grad_norm debug debug_batches "
@@ -110,7 +114,7 @@ def yaml_path(name):
 
 
 def top_level(path):
-    """The YAML file's top-level scalars, lists and names, references resolved: {key: value}."""
+    """The YAML file's top-level keys, references resolved; `Wiring` for what is no plain value."""
     try:
         with open(path, encoding="utf-8") as f:
             root = yaml.compose(resolve_references(f))
@@ -118,10 +122,14 @@ def top_level(path):
         raise UserError(f"{path} is not a HyperPyYAML file: {error}") from None
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path} holds no keys")
+    loader = yaml.SafeLoader("")
     values = {}
     for key, node in root.value:
-        plain = not node.tag.startswith("!")
-        values[key.value] = yaml.safe_load(yaml.serialize(node)) if plain else node.tag
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        plain = all(
+            isinstance(n, yaml.ScalarNode) and not n.tag.startswith("!") for n in parts
+        ) and not node.tag.startswith("!")
+        values[key.value] = loader.construct_object(node, deep=True) if plain else Wiring
     return values
 
 
@@ -252,9 +260,8 @@ def describe(path, defaults):
     """The keys of one YAML file with defaults, and SpeechBrain's run options."""
     lines = [f"Keys of {path} and their defaults (docs/configuration.md explains each):\n"]
     for key, value in defaults.items():
-        if not key.startswith("__") and not (isinstance(value, str) and value.startswith("!")):
-            if not isinstance(value, dict):
-                lines.append(f"  --{key:<28} {value}")
+        if value is not Wiring:
+            lines.append(f"  --{key:<28} {value}")
     lines.append("\nRun options:\n")
     lines += [f"  --{name:<28} {HELP_TEXTS[name]}" for name in SHOWN_OPTIONS]
     return "\n".join(lines)

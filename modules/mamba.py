@@ -43,7 +43,9 @@ class SelectiveSSM(nn.Module):
             self.A_log.copy_(A.log().expand_as(self.A_log))
             self.D.fill_(1.0)
             nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-            log_dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(dt_min), math.log(dt_max))
+            log_dt = torch.empty_like(self.dt_proj.bias).uniform_(
+                math.log(dt_min), math.log(dt_max)
+            )
             dt = log_dt.exp()
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 

@@ -31,10 +31,16 @@ RENAMES = [
     (r"(encoder\.layers\.\d+)\.norm1\.norm\.(.*)", r"\1.mixer_norm.\2"),
     (r"(encoder\.layers\.\d+)\.norm2\.norm\.(.*)", r"\1.out_norm.\2"),
     (r"(encoder\.layers\.\d+)\.convolution_module\.layer_norm\.(.*)", r"\1.conv.norm.\2"),
-    (r"(encoder\.layers\.\d+)\.convolution_module\.bottleneck\.0\.(.*)", r"\1.conv.pointwise_in.\2"),
+    (
+        r"(encoder\.layers\.\d+)\.convolution_module\.bottleneck\.0\.(.*)",
+        r"\1.conv.pointwise_in.\2",
+    ),
     (r"(encoder\.layers\.\d+)\.convolution_module\.conv\.(.*)", r"\1.conv.depthwise.\2"),
     (r"(encoder\.layers\.\d+)\.convolution_module\.after_conv\.0\.(.*)", r"\1.conv.out_norm.\2"),
-    (r"(encoder\.layers\.\d+)\.convolution_module\.after_conv\.2\.(.*)", r"\1.conv.pointwise_out.\2"),
+    (
+        r"(encoder\.layers\.\d+)\.convolution_module\.after_conv\.2\.(.*)",
+        r"\1.conv.pointwise_out.\2",
+    ),
     (r"(encoder\.layers\.\d+)\.mha_layer\.(.*)", r"\1.mixer.\2"),
     (r"(encoder\.layers\.\d+)\.mamba\.(.*)", r"\1.mixer.\2"),
     (r"(decoder\.layers\.\d+)\.norm1\.norm\.(.*)", r"\1.self_norm.\2"),
