@@ -1,0 +1,99 @@
+"""One screen about this machine and installation, for users and bug reports.
+
+    python -m modules.environment
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from modules.ops import causal_conv1d, selective_scan
+
+PACKAGES = (
+    "torch torchaudio speechbrain HyperPyYAML sentencepiece soundfile numpy triton mamba-ssm "
+    "causal-conv1d kenlm wandb tensorboard espeakng-loader"
+).split()
+
+
+def versions():
+    """Installed packages: {name: version, or 'not installed'}."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit():
+    """The checkout's commit, with a mark when files differ from it."""
+    if shutil.which("git") is None:
+        return "unknown (git is not installed)"
+    command = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown (no git checkout)"
+
+
+def memory_gib():
+    """Physical memory in GiB, or None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def devices():
+    """Lines of (device, what it is and which precisions train on it)."""
+    lines = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        precisions = "fp32, fp16" + (", bf16" if torch.cuda.is_bf16_supported() else "")
+        memory = properties.total_memory / 2**30
+        lines.append((f"cuda:{i}", f"{properties.name}, {memory:.0f} GiB; {precisions}"))
+    if torch.backends.mps.is_available():
+        lines.append(("mps", "Apple GPU; fp32, fp16, bf16 (macOS 14 and later)"))
+    lines.append(("cpu", f"{platform.processor() or platform.machine()}, {cores()} cores; fp32, bf16"))
+    return lines
+
+
+def report():
+    """The whole screen as text."""
+    memory = memory_gib()
+    sections = {
+        "Mamba-ASR": [("commit", commit())],
+        "System": [
+            ("platform", platform.platform()),
+            ("python", platform.python_version()),
+            ("cores", str(cores())),
+            ("memory", "unknown" if memory is None else f"{memory:.1f} GiB"),
+        ],
+        "Packages": list(versions().items()),
+        "Devices (the first is the default)": devices(),
+        "selective_scan": list(selective_scan.available_backends().items()),
+        "causal_conv1d": list(causal_conv1d.available_backends().items()),
+        "Variables": [
+            (name, os.environ[name])
+            for name in ("MAMBA_ASR_SCAN_BACKEND", "MAMBA_ASR_CONV_BACKEND", "OMP_NUM_THREADS")
+            if name in os.environ
+        ],
+    }
+    lines = []
+    for title, rows in sections.items():
+        if rows:
+            lines += [title, *(f"  {name:<17} {value}" for name, value in rows)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())
