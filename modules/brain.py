@@ -8,11 +8,12 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-from speechbrain.utils.checkpoints import Checkpointer, average_checkpoints
+from speechbrain.utils.checkpoints import average_checkpoints, ckpt_recency
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.metric_stats import ErrorRateStats
 
-from modules.data import RankBatchSampler
+from modules.checkpoints import best, newest, resumable
+from modules.data import WholeStepSampler
 from modules.errors import UserError
 from modules.lengths import absolute, relative
 from modules.loggers import make_loggers
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 class ASRBrain(sb.Brain):
     """Encodes, scores word errors, checkpoints, averages and schedules the learning rate.
 
-    A subclass gives `compute_forward`, `compute_objectives`, `transcribe` and names the
+    A subclass gives `compute_forward`, `compute_objectives`, `prepare_test` and names the
     validation statistic that ranks checkpoints.
     """
 
@@ -118,19 +119,20 @@ class ASRBrain(sb.Brain):
 
     def _train_loader_specifics(self, dataset, loader_kwargs):
         """Share the batches among the ranks, and tell the sampler every epoch."""
-        sampler = loader_kwargs["batch_sampler"]
+        rank, world_size = 0, 1
         if self.distributed_launch:
-            world_size = torch.distributed.get_world_size()
-            sampler = RankBatchSampler(sampler, torch.distributed.get_rank(), world_size)
-        self.train_sampler = sampler
-        return {**loader_kwargs, "batch_sampler": sampler}
+            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.train_sampler = WholeStepSampler(
+            loader_kwargs["batch_sampler"], self.grad_accumulation_factor, rank, world_size
+        )
+        return {**loader_kwargs, "batch_sampler": self.train_sampler}
 
     # ---- Stages ----
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Log the stage; after validation write a checkpoint, after a test its error rates."""
         if stage == sb.Stage.TRAIN:
-            self.train_stats = {"loss": stage_loss}
+            self.train_stats = {"loss": self.mean_of_ranks(stage_loss)}
         elif stage == sb.Stage.VALID:
             stats = {"loss": stage_loss, **self.validation_statistics()}
             self.loggers.log_stats(
@@ -141,6 +143,14 @@ class ASRBrain(sb.Brain):
             self.save_checkpoint(epoch, stats)
         else:
             self.write_results(stage_loss)
+
+    def mean_of_ranks(self, value):
+        """Every rank has seen other batches: a number's mean over them."""
+        if not self.distributed_launch:
+            return value
+        total = torch.tensor(float(value), device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.item() / torch.distributed.get_world_size()
 
     def step_count(self):
         return {"steps": self.optimizer_step}
@@ -156,6 +166,9 @@ class ASRBrain(sb.Brain):
         self.checkpointer.save_and_keep_only(
             meta={metric: stats[metric], "epoch": epoch},
             num_to_keep=self.hparams.avg_checkpoints,
+            keep_recent=False,
+            # SpeechBrain's default is one list for all calls, which `keep_recent` lengthens.
+            importance_keys=[ckpt_recency],
             **keys,
         )
 
@@ -177,36 +190,54 @@ class ASRBrain(sb.Brain):
 
     # ---- Continuing and evaluating ----
 
+    def found_checkpoints(self):
+        """This run's checkpoints; those that `resume` names when it has none yet."""
+        found = self.checkpointer.list_checkpoints()
+        return resumable(self.hparams.resume) if self.hparams.resume and not found else found
+
+    def check_start(self):
+        """UserError when the checkpoint to go on from is missing, or of another model."""
+        start = newest(self.found_checkpoints())
+        if start is None:
+            return
+        theirs = torch.load(start.paramfiles["model"], "cpu", weights_only=True, mmap=True)
+        ours = self.hparams.model.state_dict()
+        shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (theirs, ours)]
+        for name in shapes[0] | shapes[1]:
+            there, here = (s.get(name, "missing") for s in shapes)
+            if there != here:
+                raise UserError(
+                    f"the model in {start.path} is another ({name}: {there} there, {here} here); "
+                    "give the options it was trained with (hyperparams.yaml in its output "
+                    "folder), or a new --output_folder"
+                )
+
     def on_fit_start(self):
         """Recover this run's newest checkpoint, or start from `resume`."""
         super().on_fit_start()
-        if self.hparams.resume and self.checkpointer.find_checkpoint() is None:
-            found = find_foreign(self.hparams.resume)
-            logger.info("Starting from %s", found.path)
-            self.checkpointer.load_checkpoint(found)
+        if self.checkpointer.find_checkpoint() is None and self.hparams.resume:
+            start = newest(self.found_checkpoints())
+            logger.info("Starting from %s", start.path)
+            self.checkpointer.load_checkpoint(start)
 
     def on_evaluate_start(self, max_key=None, min_key=None):
         """Load the average of the best checkpoints, once; nothing is written or deleted."""
         if self.results:
             return
-        source, only = self.checkpointer, None
-        if self.hparams.resume and source.find_checkpoint() is None:
-            only = find_foreign(self.hparams.resume)
-        keys = {"max_key" if self.higher_is_better else "min_key": self.checkpoint_metric}
-        best = (
-            [only]
-            if only
-            else source.find_checkpoints(**keys, max_num_checkpoints=self.hparams.avg_checkpoints)
-        )
-        if not best:
+        found = self.found_checkpoints()
+        if not found:
             raise UserError(
-                f"there is no checkpoint in {source.checkpoints_dir}; train first (without "
-                "--skip_train), or give --resume a folder that holds one"
+                f"there is no checkpoint in {self.checkpointer.checkpoints_dir}; train first "
+                "(without --skip_train), or give --resume a folder that holds one"
             )
-        self.checkpointer.load_checkpoint(best[0])
-        weights = average_checkpoints(best, "model", device=self.device)
+        # The newest knows how long was trained; its weights give way to the average.
+        self.checkpointer.load_checkpoint(newest(found))
+        chosen = best(
+            found, self.checkpoint_metric, self.higher_is_better, self.hparams.avg_checkpoints
+        )
+        weights = average_checkpoints(chosen, "model", device=self.device)
         self.hparams.model.load_state_dict(weights, strict=True)
-        logger.info("Evaluating the average of %d checkpoints", len(best))
+        logger.info("Evaluating the average of %d checkpoints", len(chosen))
 
     def test(self, datasets, loader_options):
         """Evaluate every test set: {name: dataset} -> {name: {"WER", "CER", "RTF"}}."""
@@ -214,24 +245,3 @@ class ASRBrain(sb.Brain):
             self.test_set = name
             self.evaluate(dataset, test_loader_kwargs=loader_options(dataset))
         return self.results
-
-
-def find_foreign(place):
-    """The checkpoint that `resume` names: a CKPT+... folder, or the newest below a folder.
-
-    UserError when there is none.
-    """
-    place = Path(place)
-    if place.name.startswith("CKPT+"):
-        for checkpoint in Checkpointer(place.parent).list_checkpoints():
-            if checkpoint.path.name == place.name:
-                return checkpoint
-    elif place.is_dir():
-        for folder in (place, place / "save"):
-            newest = Checkpointer(folder).find_checkpoint()
-            if newest is not None:
-                return newest
-    raise UserError(
-        f"resume={place} holds no checkpoint; give an output folder, its save folder, or one "
-        "CKPT+... folder in it"
-    )
