@@ -54,8 +54,12 @@ def make_decoder(name):
 
 
 def pad(items, extra=0, filler=math.nan):
-    """List of (T, ...) -> (B, max T + extra, ...) with the filler behind each, lengths (B,)."""
+    """List of (T, ...) -> (B, max T + extra, ...) with the filler behind each, lengths (B,).
+
+    Alone, an item has no padding, or what leaks from it would leak alike in both.
+    """
     lengths = torch.tensor([len(item) for item in items])
+    extra = extra if len(items) > 1 else 0
     shape = (len(items), int(lengths.max()) + extra, *items[0].shape[1:])
     rows = [
         torch.cat([item, item.new_full((shape[1] - len(item), *shape[2:]), filler)])
