@@ -18,6 +18,7 @@ from modules.attention import RelPosAttention, RoPEAttention
 from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
 from modules.encoder import Encoder
 from modules.frontend import ConvFrontend
+from modules.losses import ctc_loss, sequence_loss
 from modules.mamba import BiMamba, Mamba
 
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they save
@@ -237,6 +238,32 @@ def test_losses(encoder, decoder, dtype):
         utterances,
         dtype,
     )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_recipes_losses_add_up(smoothing):
+    """A batch's loss is the mean of its utterances' losses, and so are the gradients."""
+    torch.manual_seed(0)
+    frames, tokens = (31, 3, 17, 8), (9, 1, 7, 4)
+    scores = [torch.randn(n, VOCAB, dtype=torch.float64) for n in frames]
+    words = [torch.randint(1, VOCAB, (n,)) for n in tokens]
+    steps = [torch.randn(n, VOCAB, dtype=torch.float64) for n in tokens]
+
+    def losses(members):
+        leaves = [t[i].clone().requires_grad_() for t in (scores, steps) for i in members]
+        ctc_scores, lengths = pad(leaves[: len(members)], extra=3, filler=5.0)
+        seq_scores, token_lengths = pad(leaves[len(members) :], extra=2, filler=5.0)
+        targets, _ = pad([words[i] for i in members], extra=2, filler=0)
+        ctc = ctc_loss(ctc_scores.log_softmax(-1), targets, lengths, token_lengths)
+        kl = sequence_loss(seq_scores.log_softmax(-1), targets, token_lengths, smoothing)
+        (len(members) * (ctc + kl)).backward()
+        return torch.stack([ctc, kl]).detach(), [leaf.grad for leaf in leaves]
+
+    alone = [losses([i]) for i in range(4)]
+    value, gradients = losses([0, 1, 2, 3])
+    torch.testing.assert_close(value, torch.stack([v for v, _ in alone]).mean(0))
+    expected = [g[part] for part in (0, 1) for _, g in alone]
+    torch.testing.assert_close(gradients, expected, **PRECISIONS[torch.float64])
 
 
 @pytest.mark.parametrize("name", ENCODERS)
