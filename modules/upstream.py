@@ -1,9 +1,7 @@
 """Weights of the published ConMamba code (arXiv 2407.09732), under this project's names.
 
-`from_upstream` builds a model from a configuration and a state dict; as a command this file
-converts a whole checkpoint folder:
-
-    python -m modules.upstream SAVE/CKPT+... hparams/S2S/conmamba_large.yaml OUTPUT
+`from_upstream` builds a model from a configuration and a state dict; `modules.convert` converts a
+whole checkpoint folder.
 """
 
 import re
@@ -84,7 +82,7 @@ def rename_ssm(key, bidirectional):
 
 
 def reshape(key, weight):
-    """Their (2 D, D, 1) pointwise convolution is our linear; their (head_dim, H) bias our (H, head_dim)."""
+    """Their pointwise convolution (2 D, D, 1) is our linear; their bias (D/H, H) is our (H, D/H)."""
     if key.endswith("conv.pointwise_in.weight") and weight.dim() == 3:
         return weight.squeeze(-1)
     if key.endswith(("pos_bias_u", "pos_bias_v")):
@@ -160,7 +158,8 @@ def make_mixer(config):
                 dropout=config["dropout"],
             )
         raise UserError(
-            f"attention_type={config['attention_type']!r} is not supported; use one of {sorted(kinds)}"
+            f"attention_type={config['attention_type']!r} is not supported; use one of "
+            f"{sorted(kinds)}"
         )
     raise UserError(
         f"encoder_module={config['encoder_module']!r} is not supported; use conmamba or conformer"
@@ -178,7 +177,8 @@ def make_decoder(config, activation):
         layer = partial(TransformerDecoderLayer, num_heads=config["nhead"])
     else:
         raise UserError(
-            f"decoder_module={config['decoder_module']!r} is not supported; use mamba or transformer"
+            f"decoder_module={config['decoder_module']!r} is not supported; use mamba or "
+            "transformer"
         )
     return Decoder(
         config["tgt_vocab"],
@@ -189,10 +189,11 @@ def make_decoder(config, activation):
     )
 
 
-REQUIRED = (
-    "input_size tgt_vocab d_model nhead num_encoder_layers num_decoder_layers d_ffn dropout "
-    "activation kernel_size encoder_module attention_type causal decoder_module mamba_config"
-).split()
+REQUIRED = [
+    *("input_size", "tgt_vocab", "d_model", "nhead", "num_encoder_layers", "num_decoder_layers"),
+    *("d_ffn", "dropout", "activation", "kernel_size", "encoder_module", "attention_type"),
+    *("causal", "decoder_module", "mamba_config"),
+]
 
 
 def from_upstream(config, state_dict):
