@@ -50,6 +50,8 @@ def dataio_prepare(hparams):
     """Datasets with audio and character tokens: (train, valid, {test set: dataset})."""
     train, valid, tests = load_datasets(hparams)
     tokenizer = hparams["tokenizer"]
+    for dataset in (train, valid, *tests.values()):
+        tokenizer.check(item["wrd"] for item in dataset.data.values())
 
     def text_pipeline(wrd):
         return torch.LongTensor(tokenizer.encode(wrd))

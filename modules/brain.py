@@ -235,7 +235,7 @@ class ASRBrain(sb.Brain):
         chosen = best(
             found, self.checkpoint_metric, self.higher_is_better, self.hparams.avg_checkpoints
         )
-        weights = average_checkpoints(chosen, "model", device=self.device)
+        weights = average_checkpoints(chosen, "model")
         self.hparams.model.load_state_dict(weights, strict=True)
         logger.info("Evaluating the average of %d checkpoints", len(chosen))
 

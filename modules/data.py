@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from pathlib import Path
 
 import speechbrain as sb
@@ -12,23 +13,24 @@ from speechbrain.dataio.sampler import DynamicBatchSampler, ReproducibleRandomSa
 from torch.utils.data import BatchSampler, Sampler
 
 from librispeech_prepare import prepare_librispeech
+from modules.checkpoints import newest, resumable
 from modules.errors import UserError
+from modules.language_model import fetch
+from modules.launch import on_main
 
 
 def prepare_manifests(hparams):
     """Write `<split>.csv` for every split, and the merged training manifest, on one process."""
-    sb.utils.distributed.run_on_main(
+    on_main(
         prepare_librispeech,
-        kwargs={
-            "data_folder": hparams["data_folder"],
-            "save_folder": hparams["output_folder"],
-            "tr_splits": hparams["train_splits"],
-            "dev_splits": hparams["dev_splits"],
-            "te_splits": hparams["test_splits"],
-            "merge_lst": hparams["train_splits"],
-            "merge_name": "train.csv",
-            "skip_prep": hparams["skip_prep"],
-        },
+        hparams["data_folder"],
+        hparams["output_folder"],
+        hparams["train_splits"],
+        hparams["dev_splits"],
+        hparams["test_splits"],
+        merge_lst=hparams["train_splits"],
+        merge_name="train.csv",
+        skip_prep=hparams["skip_prep"],
     )
 
 
@@ -97,24 +99,27 @@ class EpochBatchSampler(BatchSampler):
             self.sampler.set_epoch(epoch)
 
 
-class RankBatchSampler(Sampler):
-    """Every rank's share of another sampler's batches, in turn.
+class WholeStepSampler(Sampler):
+    """A rank's share of another sampler's batches, in whole optimizer steps.
 
     Rank r of n takes batches r, r + n, ...: n processes see, step by step, the batches that one
-    process with `grad_accumulation_factor` n sees. The last round is filled from the first
-    batches so that all ranks take equally many steps. (SpeechBrain's wrapper fixes the number
-    of batches at the start, but dynamic batches vary in number from epoch to epoch.)
+    process with n times the `grad_accumulation_factor` sees. The last step is filled from the
+    first batches: all ranks take equally many, and no gradient is left over at an epoch's end.
+    (SpeechBrain's wrapper fixes the number of batches at the start, but dynamic batches vary in
+    number from epoch to epoch.)
     """
 
-    def __init__(self, batch_sampler, rank, world_size):
-        self.batch_sampler, self.rank, self.world_size = batch_sampler, rank, world_size
+    def __init__(self, batch_sampler, accumulation=1, rank=0, world_size=1):
+        self.batch_sampler, self.accumulation = batch_sampler, accumulation
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self):
-        return math.ceil(len(self.batch_sampler) / self.world_size)
+        steps = math.ceil(len(self.batch_sampler) / (self.world_size * self.accumulation))
+        return steps * self.accumulation
 
     def __iter__(self):
         batches = list(self.batch_sampler)
-        missing = -len(batches) % self.world_size
+        missing = -len(batches) % (self.world_size * self.accumulation)
         batches += [batches[i % len(batches)] for i in range(missing)]
         return iter(batches[self.rank :: self.world_size])
 
@@ -198,12 +203,13 @@ def prepare_tokenizer(hparams, train):
             return
         os.makedirs(path.parent, exist_ok=True)
         source = hparams["pretrained_lm_tokenizer_path"]
-        if source is None:
+        if hparams["resume"]:
+            # The weights to go on from speak the units of their own run.
+            shutil.copyfile(newest(resumable(hparams["resume"])).path.parent / path.name, path)
+        elif source is None:
             tokenizer.train([train.data[i]["wrd"] for i in train.data_ids], path)
         else:
-            from modules.language_model import fetch
-
             fetch(source, "tokenizer.ckpt", path)
 
-    sb.utils.distributed.run_on_main(fetch_or_train)
+    on_main(fetch_or_train)
     tokenizer.load(path)

@@ -4,22 +4,24 @@ import os
 from pathlib import Path
 
 import speechbrain as sb
+from hyperpyyaml import resolve_references
 from speechbrain.utils.distributed import if_main_process
 
 from modules import launch
 from modules.data import eval_loader_options, hours, prepare_manifests, train_loader_options
-from modules.errors import UserError
 
 
 def run_recipe(argv, brain_class, dataio_prepare):
     """Run a recipe from its command line."""
     path, hparams, run_opts, overrides = launch.start(argv)
-    make_output_folder(path, hparams, overrides)
+    # Its log is wanted from here on, its copy of the YAML file once nothing can be amiss.
+    sb.create_experiment_directory(hparams["output_folder"])
     prepare_manifests(hparams)
     train, valid, tests = dataio_prepare(hparams)
     brain = brain_class(hparams, run_opts)
-    quiet = brain.noprogressbar or not os.isatty(2)
-    brain.noprogressbar = quiet
+    brain.noprogressbar = brain.noprogressbar or not os.isatty(2)
+    brain.check_start()
+    launch.on_main(save_hyperparams, path, hparams, overrides)
     if not hparams["skip_train"]:
         brain.fit(
             hparams["epoch_counter"],
@@ -38,21 +40,16 @@ def run_recipe(argv, brain_class, dataio_prepare):
         print(text)
 
 
-def make_output_folder(path, hparams, overrides):
-    """Create the output folder; an evaluation leaves the training's own hyperparams.yaml alone."""
-    folder = Path(hparams["output_folder"])
-    saved = folder / "hyperparams.yaml"
-    keep = hparams["skip_train"] and saved.is_file()
-    try:
-        sb.create_experiment_directory(
-            experiment_directory=str(folder),
-            hyperparams_to_save=None if keep else path,
-            overrides=overrides,
-        )
-    except OSError as error:
-        raise UserError(
-            f"output_folder={folder} cannot be written ({error.strerror}); set --output_folder"
-        ) from error
+def save_hyperparams(path, hparams, overrides):
+    """Write hyperparams.yaml, resolved; an evaluation leaves the training's own alone."""
+    target = Path(hparams["output_folder"]) / "hyperparams.yaml"
+    if hparams["skip_train"] and target.is_file():
+        return
+    with open(path, encoding="utf-8") as f:
+        resolved = resolve_references(f, overrides).read()
+    beside = target.with_suffix(".partial")
+    beside.write_text(f"# From {Path(path).absolute()}\n{resolved}", encoding="utf-8")
+    os.replace(beside, target)
 
 
 def summary(path, hparams, brain, train, tests):
@@ -63,7 +60,7 @@ def summary(path, hparams, brain, train, tests):
         "",
         f"model        {path} ({parameters / 1e6:.3f} M parameters)",
         f"device       {brain.device}, precision {brain.precision}",
-        f"training     {hours(train):.2f} h a epoch, {hparams['epoch_counter'].current} epochs, "
+        f"training     {hours(train):.2f} h an epoch, {hparams['epoch_counter'].current} epochs, "
         f"{brain.optimizer_step} steps",
         "",
         f"{'test set':<20}{'hours':>8}{'WER %':>9}{'CER %':>9}{'RTF':>9}",

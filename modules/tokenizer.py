@@ -44,6 +44,13 @@ class CharacterTokenizer:
                 f"({len(SPECIAL)} more than the alphabet's length)"
             ) from None
 
+    def check(self, texts):
+        """UserError for the first transcript that has a character outside the alphabet."""
+        known = set(self.ids)
+        for text in texts:
+            if not known.issuperset(text):
+                self.encode(text)
+
     def decode(self, ids):
         """Text of ids, without blank, bos and eos."""
         return "".join(self.labels[i] for i in ids if i >= len(SPECIAL))

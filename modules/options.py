@@ -1,0 +1,218 @@
+"""The YAML file's keys and the command line's options: reading, checking, describing them."""
+
+import difflib
+import os
+from pathlib import Path
+
+import yaml
+from hyperpyyaml import resolve_references
+from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
+
+from modules.errors import UserError
+
+
+class Wiring:
+    """Stands for the value of a key that makes an object."""
+
+
+# SpeechBrain's run options that matter to users; the others work too.
+SHOWN_OPTIONS = (
+    "device precision eval_precision grad_accumulation_factor max_grad_norm debug debug_batches "
+    "debug_epochs noprogressbar optimizer_step_limit ckpt_interval_minutes distributed_backend"
+)
+RUN_OPTIONS = {n: v for n, v in RunOptions().as_dict().items() if n in HELP_TEXTS}
+LIST_OPTIONS = ("jit_module_keys", "compile_module_keys")
+PRECISIONS = ("fp32", "bf16", "fp16")
+POSITIVE = (
+    "number_of_epochs batch_size test_batch_size avg_checkpoints grad_accumulation_factor "
+    "max_batch_length_train max_batch_length_val max_batch_ex num_buckets n_warmup_steps "
+    "d_model num_encoder_layers num_decoder_layers d_ffn d_state expand d_conv nhead kernel_size "
+    "cnn_channels_1 cnn_channels_2 output_neurons valid_search_interval valid_beam_size "
+    "test_beam_size sample_rate n_fft win_length hop_length n_mels"
+)
+SECONDS = ("max_batch_length_train", "max_batch_length_val")  # may be fractions
+
+
+def nearest(word, known):
+    """' did you mean ...?' for the closest of the known words, or ''."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def yaml_path(name):
+    """The YAML file, or a UserError naming the closest one there is."""
+    if name.startswith("-"):
+        raise UserError(f"the first argument is the YAML file, not {name}")
+    if Path(name).is_file():
+        return name
+    known = [str(p) for p in Path("hparams").glob("*/*.yaml")]
+    raise UserError(f"there is no file {name}{nearest(name, known)}")
+
+
+def top_level(path, overrides=None):
+    """The YAML file's top-level keys, references resolved; `Wiring` for what is no plain value."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            root = yaml.compose(resolve_references(f, overrides))
+    except (yaml.YAMLError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a HyperPyYAML file: {error}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path} holds no keys")
+    loader = yaml.SafeLoader("")
+    values = {}
+    for key, node in root.value:
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        plain = all(
+            isinstance(n, yaml.ScalarNode) and not n.tag.startswith("!") for n in parts
+        ) and not node.tag.startswith("!")
+        values[key.value] = loader.construct_object(node, deep=True) if plain else Wiring
+    return values
+
+
+def read_options(argv, defaults):
+    """The command line's run options and its overrides of the YAML file's keys."""
+    run_words, overrides = [], {}
+    for name, values in pair(argv[1:], {*defaults, *RUN_OPTIONS, *LIST_OPTIONS}):
+        if name in LIST_OPTIONS:
+            run_words += [f"--{name}", *values]
+        elif name in RUN_OPTIONS:
+            check_option(name, values)
+            run_words.append("=".join([f"--{name}", *values]))
+        else:
+            overrides[name] = read_value(name, values[0], defaults[name])
+    _, run_opts, _ = RunOptions.from_command_line_args([argv[0], *run_words])
+    # Keys that are run options too are taken by SpeechBrain's parser; the copy of the YAML file
+    # in the output folder is to say what ran.
+    overrides |= {k: run_opts[k] for k in run_opts.overridden_args if k in defaults}
+    return run_opts, overrides
+
+
+def pair(words, known):
+    """Words to options with their values: [(name, [value, ...])]; a flag has none."""
+    pairs = []
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            if name not in known:
+                raise UserError(f"unknown option --{name}{nearest(name, sorted(known))}")
+            pairs.append((name, [value] if equals else []))
+        elif pairs and takes_value(*pairs[-1]):
+            pairs[-1][1].append(word)
+        else:
+            raise UserError(f"unexpected {word!r}; options look like --key value")
+    for name, values in pairs:
+        if not values and takes_value(name, values):
+            raise UserError(f"--{name} needs a value")
+    return pairs
+
+
+def takes_value(name, values):
+    """Whether an option that has these values takes one more."""
+    return name in LIST_OPTIONS or (not values and RUN_OPTIONS.get(name) is not False)
+
+
+def check_option(name, values):
+    """SpeechBrain's parser answers a wrong value with a screenful; UserError instead."""
+    default = RUN_OPTIONS[name]
+    if default is False and values:
+        raise UserError(f"--{name} is a switch and takes no value")
+    if "precision" in name and values[0] not in PRECISIONS:
+        raise UserError(f"{name}={values[0]!r} is unknown; use {', '.join(PRECISIONS)}")
+    if is_number(default):
+        try:
+            type(default)(values[0])
+        except ValueError:
+            kind = "a whole number" if isinstance(default, int) else "a number"
+            raise UserError(f"{name}={values[0]!r} must be {kind}, as {default}") from None
+
+
+def read_value(key, text, default):
+    """A value of its default's kind from the command line's text, or UserError."""
+    if default is None:
+        return None if text in ("", "null", "None", "~") else text
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    if isinstance(default, str) and not quoted:
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{key}={text!r} is no YAML; an example is its default {default}") from None
+    if default is Wiring:
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{key}={text!r}: {key} makes an object; change the YAML file, or give its "
+                f'arguments as --{key} "{{name: value}}"'
+            )
+    elif isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UserError(f"{key}={text!r} must be True or False")
+    elif is_number(default):
+        value = as_number(value)
+        if not is_number(value):
+            raise UserError(f"{key}={text!r} must be a number, as its default {default}")
+        if isinstance(default, int) and key not in SECONDS:
+            if value != int(value):
+                raise UserError(f"{key}={text} must be a whole number, as its default {default}")
+            value = int(value)
+    elif isinstance(default, list) and not isinstance(value, list):
+        raise UserError(f'{key}={text!r} must be a list, such as --{key} "[{text}]"')
+    return value
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def as_number(value):
+    """YAML 1.1 reads 1e-3 as text: Python's float reads it as people mean it."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def check_values(values, run_opts):
+    """Mistakes in plain values that would otherwise show only after hours, or not at all."""
+    for key in POSITIVE.split():
+        if is_number(value := values.get(key, 1)) and value <= 0:
+            raise UserError(f"{key}={value} must be positive")
+    if values["num_workers"] < 0:
+        raise UserError(f"num_workers={values['num_workers']} must be 0 or more")
+    if values["normalize_until_epoch"] < 2:
+        raise UserError(
+            f"normalize_until_epoch={values['normalize_until_epoch']} leaves no epoch to measure "
+            "the features in; use 2 or more"
+        )
+    for key in ("train_splits", "dev_splits", "test_splits"):
+        if not values[key]:
+            raise UserError(f"{key} is empty; name at least one split of {values['data_folder']}")
+    for key, precision in (
+        ("precision", values["precision"]),
+        ("eval_precision", run_opts["eval_precision"]),
+    ):
+        if precision not in PRECISIONS:
+            raise UserError(f"{key}={precision!r} is unknown; use {', '.join(PRECISIONS)}")
+        if precision == "fp16" and run_opts["device"] == "cpu":
+            raise UserError(f"{key}=fp16 does not run on the CPU; use --{key} bf16 or fp32")
+    for key in ("output_folder", "save_folder"):
+        check_writable(key, Path(values[key]))
+
+
+def check_writable(key, folder):
+    """UserError unless the folder is there or can be made, and written to."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise UserError(f"{key}={folder}: {place} is a file; give another --{key}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{key}={folder}: no permission to write to {place}; give another --{key}")
+
+
+def describe(path, defaults):
+    """The keys of one YAML file with defaults, and SpeechBrain's run options."""
+    lines = [f"Keys of {path} and their defaults (docs/configuration.md explains each):\n"]
+    for key, value in defaults.items():
+        if value is not Wiring:
+            lines.append(f"  --{key:<28} {value}")
+    lines.append("\nRun options:\n")
+    lines += [f"  --{name:<28} {HELP_TEXTS[name]}" for name in SHOWN_OPTIONS.split()]
+    return "\n".join(lines)
