@@ -77,17 +77,17 @@ def load_parts(hparams, parts):
         "decoder": below(transformer, "decoder."),
     }
     modules = hparams["modules"]
-    for name, state in weights.items():
-        if name in modules:
-            try:
-                load_strictly(modules[name], state)
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from None
-        elif state:
+    for name in ("decoder", "seq_head"):
+        if weights[name] and name not in modules:
             raise UserError(
                 f"model.ckpt holds a {name} and the YAML file has none; use an S2S file for a "
-                "model with a decoder and a CTC file for one without"
+                "model with a decoder"
             )
+    for name in weights.keys() & modules.keys():
+        try:
+            load_strictly(modules[name], weights[name])
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
 
 
 def below(state_dict, prefix):

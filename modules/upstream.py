@@ -82,7 +82,7 @@ def rename_ssm(key, bidirectional):
 
 
 def reshape(key, weight):
-    """Their pointwise convolution (2 D, D, 1) is our linear; their bias (D/H, H) is our (H, D/H)."""
+    """Their pointwise convolution (2 D, D, 1) is our linear; their (D/H, H) bias our (H, D/H)."""
     if key.endswith("conv.pointwise_in.weight") and weight.dim() == 3:
         return weight.squeeze(-1)
     if key.endswith(("pos_bias_u", "pos_bias_v")):
