@@ -52,9 +52,7 @@ class ASRBrain(sb.Brain):
         """Waveforms to encoder output: (B, T, D), lengths (B,) in frames."""
         wavs, relative_lengths = batch.sig
         samples = absolute(relative_lengths, wavs.shape[1])
-        hop = self.hparams.sample_rate * self.hparams.hop_length // 1000
-        lengths = torch.div(samples, hop, rounding_mode="floor") + 1
-        features = self.hparams.compute_features(wavs)
+        features, lengths = self.hparams.compute_features(wavs, samples)
         # Only training updates the statistics, and reads the epoch to know when to stop.
         epoch = self.hparams.epoch_counter.current
         features = self.modules.normalize(features, relative(lengths, features.shape[1]), epoch)
