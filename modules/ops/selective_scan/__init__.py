@@ -3,13 +3,13 @@
 import torch
 
 from modules.ops.backends import Backends, Call
-from modules.ops.selective_scan import chunked, cuda, naive
+from modules.ops.selective_scan import chunked, cuda, naive, triton
 
 # In the order in which "auto" tries them.
 _backends = Backends(
     "selective_scan",
     "MAMBA_ASR_SCAN_BACKEND",
-    {"mamba_ssm": cuda, "chunked": chunked, "naive": naive},
+    {"triton": triton, "mamba_ssm": cuda, "chunked": chunked, "naive": naive},
     reference="naive",
 )
 set_backend = _backends.set_default
