@@ -1,5 +1,6 @@
 """The YAML file's keys and the command line's options: reading, checking, describing them."""
 
+import dataclasses
 import difflib
 import os
 from pathlib import Path
@@ -81,6 +82,10 @@ def read_options(argv, defaults):
         else:
             overrides[name] = read_value(name, values[0], defaults[name])
     _, run_opts, _ = RunOptions.from_command_line_args([argv[0], *run_words])
+    if run_opts.optimizer_step_limit is not None:
+        # SpeechBrain's parser leaves what has no default as text.
+        limit = int(run_opts.optimizer_step_limit)
+        run_opts = dataclasses.replace(run_opts, optimizer_step_limit=limit)
     # Keys that are run options too are taken by SpeechBrain's parser; the copy of the YAML file
     # in the output folder is to say what ran.
     overrides |= {k: run_opts[k] for k in run_opts.overridden_args if k in defaults}
@@ -113,7 +118,7 @@ def takes_value(name, values):
 
 def check_option(name, values):
     """SpeechBrain's parser answers a wrong value with a screenful; UserError instead."""
-    default = RUN_OPTIONS[name]
+    default = 0 if name == "optimizer_step_limit" else RUN_OPTIONS[name]
     if default is False and values:
         raise UserError(f"--{name} is a switch and takes no value")
     if "precision" in name and values[0] not in PRECISIONS:
