@@ -10,8 +10,10 @@ import torch
 from modules import launch
 from modules.brain import ASRBrain
 from modules.data import add_pipelines, load_datasets
+from modules.errors import UserError
 from modules.recipe import run_recipe
 from modules.search import CTCSearch, ctc_greedy
+from modules.search.ctc import check_kenlm
 
 
 class ASR(ASRBrain):
@@ -33,6 +35,17 @@ class ASR(ASRBrain):
         elif stage == sb.Stage.TEST:
             self.score(batch, self.test_search(log_probs, lengths))
         return loss
+
+    def check_start(self):
+        """Find out before training whether the n-gram model can be used after it."""
+        super().check_start()
+        if not self.hparams.no_lm:
+            if self.hparams.kenlm_model_path is None:
+                raise UserError(
+                    "no_lm is False but no n-gram model is given; set --kenlm_model_path to an "
+                    ".arpa or .bin file, or --no_lm True"
+                )
+            check_kenlm(self.hparams.kenlm_model_path)
 
     def prepare_test(self):
         """Build the beam search, with the n-gram model when there is one."""

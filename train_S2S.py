@@ -11,7 +11,7 @@ from speechbrain.utils.Accuracy import AccuracyStats
 from modules import launch
 from modules.brain import ASRBrain
 from modules.data import add_pipelines, load_datasets, prepare_tokenizer
-from modules.language_model import load_language_model
+from modules.language_model import fetch_language_model, load_language_model
 from modules.lengths import relative
 from modules.recipe import run_recipe
 
@@ -65,18 +65,21 @@ class ASR(ASRBrain):
         rates = self.error_rates() if self.wer.scores else {}
         return {"ACC": self.accuracy.summarize(), **rates}
 
+    def check_start(self):
+        """Find out before training whether the language model can be used after it."""
+        super().check_start()
+        if not self.hparams.no_lm:
+            source = self.hparams.pretrained_lm_tokenizer_path
+            launch.on_main(fetch_language_model, source, self.hparams.save_folder)
+            load_language_model(self.hparams.make_lm, self.hparams.save_folder)
+
     def prepare_test(self):
         """Add the language model to the test search, unless `no_lm`."""
         if self.hparams.no_lm:
             return
-        lm = load_language_model(
-            self.hparams.pretrained_lm_tokenizer_path,
-            self.hparams.make_lm,
-            self.hparams.save_folder,
-            self.device,
-        )
+        lm = load_language_model(self.hparams.make_lm, self.hparams.save_folder)
         self.hparams.test_search.use_language_model(
-            lm, self.hparams.lm_weight, self.hparams.temperature_lm
+            lm.to(self.device), self.hparams.lm_weight, self.hparams.temperature_lm
         )
 
 

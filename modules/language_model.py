@@ -40,8 +40,8 @@ def download(source, filename):
         ) from None
 
 
-def load_language_model(source, make_lm, folder, device):
-    """Build the language model and load `lm.ckpt` strictly; UserError when it does not fit."""
+def fetch_language_model(source, folder):
+    """Bring `lm.ckpt` to `folder` unless it is there; UserError when none is given."""
     if source is None:
         raise UserError(
             "no_lm is False but no language model is given; set --pretrained_lm_tokenizer_path "
@@ -50,6 +50,11 @@ def load_language_model(source, make_lm, folder, device):
     path = Path(folder) / "lm.ckpt"
     if not path.is_file():
         fetch(source, "lm.ckpt", path)
+
+
+def load_language_model(make_lm, folder):
+    """Build the language model and load `lm.ckpt` strictly; UserError when it does not fit."""
+    path = Path(folder) / "lm.ckpt"
     model = make_lm()
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -58,4 +63,4 @@ def load_language_model(source, make_lm, folder, device):
             f"the weights in {path} do not fit the language model of the YAML file (make_lm): "
             f"{str(error).splitlines()[-1].strip()}"
         ) from None
-    return model.to(device).eval()
+    return model.eval()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 from hyperpyyaml import resolve_references
+from ruamel.yaml.error import YAMLError
 from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 
 from modules.errors import UserError
@@ -55,7 +56,7 @@ def top_level(path, overrides=None):
     try:
         with open(path, encoding="utf-8") as f:
             root = yaml.compose(resolve_references(f, overrides))
-    except (yaml.YAMLError, ValueError, KeyError) as error:
+    except (yaml.YAMLError, YAMLError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a HyperPyYAML file: {error}") from None
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path} holds no keys")

@@ -68,6 +68,8 @@ class SubwordTokenizer:
     """
 
     def __init__(self, vocab_size, model_type="unigram"):
+        if model_type not in ("unigram", "bpe", "char"):
+            raise ValueError(f"token_type={model_type!r} is unknown; use unigram, bpe or char")
         self.vocab_size, self.model_type = vocab_size, model_type
         self.model = None
 

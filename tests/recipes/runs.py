@@ -4,11 +4,13 @@ import atexit
 import contextlib
 import functools
 import io
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +69,11 @@ PLAIN = {
 
 def speak(text):
     """A tone a letter, silence for a blank: 0.12 s each."""
-    time = np.arange(int(0.12 * RATE)) / RATE
+    seconds = np.arange(int(0.12 * RATE)) / RATE
     tones = [
-        np.zeros_like(time) if c == " " else 0.3 * np.sin(2 * np.pi * 350 * (ord(c) - 63) * time)
+        np.zeros_like(seconds)
+        if c == " "
+        else 0.3 * np.sin(2 * np.pi * 350 * (ord(c) - 63) * seconds)
         for c in text
     ]
     return np.concatenate(tones)
@@ -144,10 +148,24 @@ def run(command, timeout=120, **more):
     )
 
 
+@contextlib.contextmanager
+def own_logging():
+    """Undo what SpeechBrain does to a process: handlers of this run's files, an exception hook."""
+    root = logging.getLogger()
+    handlers, level, hook = root.handlers[:], root.level, sys.excepthook
+    try:
+        yield
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            handler.close()
+        root.handlers[:], sys.excepthook = handlers, hook
+        root.setLevel(level)
+
+
 def train(yaml_file, output_folder, **overrides):
     """A whole run in this process; returns what it printed."""
     argv = arguments(yaml_file, output_folder, **overrides)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with own_logging(), contextlib.redirect_stdout(io.StringIO()) as printed:
         SCRIPTS[recipe_of(yaml_file)].main(argv)
     return printed.getvalue()
 
@@ -200,6 +218,15 @@ def log_lines(output_folder):
             pairs = line.replace(" - ", ", ").split(", ")
             lines.append({k: float(v) for k, v in (p.split(": ") for p in pairs)})
     return lines
+
+
+def wait_for_epochs(output_folder, number, process, seconds=60):
+    """Return once a process's log has so many epochs."""
+    log, deadline = Path(output_folder) / "train_log.txt", time.monotonic() + seconds
+    while not (log.is_file() and log.read_text().count("epoch:") >= number):
+        assert process.poll() is None, "the run ended early"
+        assert time.monotonic() < deadline, "the run takes too long"
+        time.sleep(0.02)
 
 
 def files_of(folder):

@@ -1,0 +1,318 @@
+"""Mistakes on the command line: one clear line, status 2, and nothing lost."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from modules import launch
+from tests.recipes import runs
+
+CTC = "CTC/conmamba_tiny.yaml"
+S2S = "S2S/conmambamamba_tiny.yaml"
+CONFORMER = "CTC/conformer_tiny.yaml"
+
+
+def call(capfd, monkeypatch, recipe, argv):
+    """Run a script's command line here: (status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["train", *map(str, argv)])
+    with runs.own_logging(), pytest.raises(SystemExit) as end:
+        launch.run(runs.SCRIPTS[recipe].main, f"train_{recipe}.py", f"hparams/{CTC}")
+    out, err = capfd.readouterr()
+    return end.value.code, out, err
+
+
+@pytest.fixture
+def fails(capfd, monkeypatch, tmp_path):
+    """Call with a mistake; returns the one line that tells it."""
+
+    def fails(yaml_file, *words, folder=None, **overrides):
+        argv = runs.arguments(yaml_file, folder or tmp_path / "run", **overrides)
+        status, out, err = call(capfd, monkeypatch, runs.recipe_of(yaml_file), [*argv, *words])
+        assert status == 2
+        assert "Traceback" not in out + err
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        return line.removeprefix("error: ")
+
+    return fails
+
+
+# ---- Names and kinds ----
+
+
+def test_missing_yaml_names_the_nearest(capfd, monkeypatch):
+    monkeypatch.chdir(runs.ROOT)
+    status, _, err = call(capfd, monkeypatch, "CTC", ["hparams/CTC/conmamba_tinny.yaml"])
+    assert status == 2
+    assert "there is no file hparams/CTC/conmamba_tinny.yaml" in err
+    assert "did you mean hparams/CTC/conmamba_tiny.yaml?" in err
+
+
+def test_yaml_must_come_first(capfd, monkeypatch):
+    status, _, err = call(capfd, monkeypatch, "CTC", ["--d_model", "8"])
+    assert status == 2
+    assert "the first argument is the YAML file" in err
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a", "", "a: !ref <b>"])
+def test_a_file_that_is_no_hyperpyyaml(capfd, monkeypatch, tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    status, _, err = call(capfd, monkeypatch, "CTC", [tmp_path / "a.yaml"])
+    assert status == 2
+    assert "a.yaml" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--d_modl", "8"], "unknown option --d_modl; did you mean d_model?"),
+        (["--lr_modle=1"], "did you mean lr_model?"),
+        (["--max_grad_nrom", "1"], "did you mean max_grad_norm?"),
+        (["--zzz"], "unknown option --zzz"),
+        (["16"], "unexpected '16'; options look like --key value"),
+        (["--d_model"], "--d_model needs a value"),
+        (["--d_model", "--seed", "1"], "--d_model needs a value"),
+        (["--noprogressbar=1"], "--noprogressbar is a switch and takes no value"),
+        (["--d_model", "small"], "d_model='small' must be a number, as its default 80"),
+        (["--d_model", "16.5"], "d_model=16.5 must be a whole number"),
+        (["--d_model", "0"], "d_model=0 must be positive"),
+        (["--skip_train", "maybe"], "skip_train='maybe' must be True or False"),
+        (["--train_splits", "train"], "train_splits='train' must be a list, such as"),
+        (["--train_splits", "[]"], "train_splits is empty; name at least one split"),
+        (["--train_splits", "[a"], "train_splits='[a' is no YAML"),
+        (["--max_grad_norm", "big"], "max_grad_norm='big' must be a number"),
+        (["--grad_accumulation_factor", "1.5"], "must be a whole number"),
+        (["--grad_accumulation_factor", "0"], "grad_accumulation_factor=0 must be positive"),
+        (["--optimizer_step_limit", "x"], "optimizer_step_limit='x' must be a whole number"),
+        (["--precision", "fp8"], "precision='fp8' is unknown; use fp32, bf16, fp16"),
+        (["--encoder", "big"], "encoder='big': encoder makes an object"),
+        (["--number_of_epochs", "-1"], "number_of_epochs=-1 must be positive"),
+        (["--num_workers", "-1"], "num_workers=-1 must be 0 or more"),
+        (["--normalize_until_epoch", "1"], "use 2 or more"),
+        (["--n_warmup_steps", "0"], "n_warmup_steps=0 must be positive"),
+        (["--initialization", "random"], "initialization='random' is unknown; use one of"),
+        (["--scan_backend", "fast"], "fast"),
+        (["--kernel_size", "4"], "kernel_size=4 must be odd; use 5"),
+    ],
+)
+def test_names_and_values(fails, tmp_path, words, message):
+    assert message in fails(CTC, *words)
+    assert not (tmp_path / "run/train.csv").exists()
+
+
+def test_values_that_are_fine():
+    argv = runs.arguments(
+        CTC, "unused", lr_model="1e-3", n_warmup_steps="25e3", data_folder="/a=b c"
+    )
+    argv += ["--max_batch_length_train", "12.5", "--wandb_project", "1.0", "--max_grad_norm", "-1"]
+    defaults = launch.top_level(argv[0])
+    run_opts, overrides = launch.read_options(argv, defaults)
+    assert overrides["lr_model"] == 0.001
+    assert overrides["n_warmup_steps"] == 25000
+    assert isinstance(overrides["n_warmup_steps"], int)
+    assert overrides["max_batch_length_train"] == 12.5
+    assert overrides["data_folder"] == "/a=b c"
+    assert overrides["wandb_project"] == "1.0"
+    assert run_opts.max_grad_norm == overrides["max_grad_norm"] == -1
+
+
+# ---- Devices ----
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "device='gpu' is unknown; use cuda, cuda:N, mps or cpu"),
+        ("cuda:x", "device='cuda:x' is unknown"),
+        ("cuda:7", r"device=cuda:7: (PyTorch sees no CUDA device; use|there are \d CUDA devices)"),
+        ("mps", "device=mps is not present on this machine; use"),
+    ],
+)
+def test_devices(fails, device, message, monkeypatch):
+    if device == "mps":
+        monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert re.search(message, fails(CTC, device=device))
+
+
+@pytest.mark.parametrize("key", ["precision", "eval_precision"])
+def test_fp16_on_the_cpu(fails, key):
+    message = f"{key}=fp16 does not run on the CPU; use --{key} bf16 or fp32"
+    assert message in fails(CTC, **{key: "fp16"})
+
+
+# ---- Data, tokens, model ----
+
+
+def test_missing_data_folder(fails, tmp_path):
+    message = fails(CTC, data_folder=tmp_path / "none")
+    assert f"data_folder={tmp_path / 'none'}" in message
+
+
+def test_missing_split(fails):
+    message = fails(CTC, train_splits="[trian]")
+    assert "trian" in message
+
+
+def test_missing_manifest(fails):
+    message = fails(CTC, skip_prep=True)
+    assert "train.csv is missing; run without --skip_prep" in message
+
+
+def test_characters_outside_the_alphabet(fails):
+    message = fails(CTC, alphabet="ABCD ", output_neurons=8)
+    assert "'E'" in message or "'F'" in message
+    assert "set --alphabet and --output_neurons" in message
+
+
+def test_alphabet_and_head_differ(fails):
+    message = fails(CTC, alphabet="ABCDEF ")
+    assert "set --output_neurons 10" in message
+
+
+def test_alphabet_on_the_command_line(tmp_path):
+    brain, *_ = runs.build(CTC, tmp_path, alphabet="'ABCDEF ", output_neurons=11)
+    assert brain.tokenizer.labels[3:] == list("'ABCDEF ")
+
+
+def test_vocabulary_too_large_for_the_text(fails):
+    message = fails(S2S, output_neurons=500, token_type="unigram")
+    assert "no unigram tokenizer of 500 units can be trained from these transcripts" in message
+
+
+def test_unknown_token_type(fails):
+    assert "token_type" in fails(S2S, token_type="words")
+
+
+def test_heads_that_do_not_divide_the_model(fails):
+    message = fails(CONFORMER, d_model=18)
+    assert "d_model=18 is not divisible by num_heads=4" in message
+
+
+def test_unknown_sorting(fails):
+    message = fails(CTC, dynamic_batching=False, sorting="up")
+    assert "sorting='up' is unknown; use random, ascending or descending" in message
+
+
+def test_language_model_that_is_not_there(fails, tmp_path):
+    assert "give a folder with tokenizer.ckpt" in fails(S2S, pretrained_lm_tokenizer_path=tmp_path)
+    assert "set --pretrained_lm_tokenizer_path" in fails(S2S, no_lm=False)
+    assert "set --kenlm_model_path" in fails(CTC, no_lm=False)
+    message = fails(CTC, no_lm=False, kenlm_model_path=tmp_path / "a.arpa")
+    assert f"kenlm_model_path={tmp_path / 'a.arpa'}" in message
+
+
+def test_language_model_that_does_not_fit(fails, tmp_path):
+    tokenizer = tmp_path / "first/save/tokenizer.model"
+    runs.build(S2S, tmp_path / "first")
+    (tmp_path / "tokenizer.ckpt").write_bytes(tokenizer.read_bytes())
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "lm.ckpt")
+    small = "{d_model: 16, nhead: 2, num_encoder_layers: 1, d_ffn: 16}"
+    message = fails(S2S, no_lm=False, pretrained_lm_tokenizer_path=tmp_path, make_lm=small)
+    assert "do not fit the language model of the YAML file" in message
+    # Found before training.
+    assert not (tmp_path / "run/train_log.txt").exists()
+
+
+# ---- Folders ----
+
+
+def test_a_file_in_the_way_of_the_output_folder(fails, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        message = fails(CTC, folder=folder)
+        assert f"{tmp_path / 'file'} is a file; give another --output_folder" in message
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_evaluating_what_was_never_trained(fails, tmp_path):
+    message = fails(CTC, skip_train=True)
+    assert f"there is no checkpoint in {tmp_path / 'run/save'}; train first" in message
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    runs.train(CTC, folder, number_of_epochs=1)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"data_folder": "/no/corpus"},
+        {"test_splits": "[nowhere]"},
+        {"d_model": 24},
+        {"alphabet": "ABC ", "output_neurons": 7},
+        {"precision": "fp16"},
+        {"resume": "/no/run", "output_folder": None},
+    ],
+)
+def test_a_mistake_loses_nothing(fails, finished, mistake):
+    # Logs grow, and the state of preparation may change; results and checkpoints stay.
+    logs = ("log.txt", "env.log", "prepare_report.txt", "prepare_state.json")
+    before = {k: v for k, v in runs.files_of(finished).items() if k not in logs}
+    if "resume" in mistake:
+        mistake = {"resume": "/no/run"}
+        fails(CTC, **mistake)
+    else:
+        fails(CTC, folder=finished, **mistake)
+    after = runs.files_of(finished)
+    assert {k: after.get(k) for k in before} == before
+
+
+# ---- Help, and the real thing ----
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"]])
+def test_help(capfd, monkeypatch, argv):
+    monkeypatch.chdir(runs.ROOT)
+    status, out, _ = call(capfd, monkeypatch, "CTC", argv)
+    assert status == 0
+    assert "python train_CTC.py HPARAMS.yaml" in out
+    assert "hparams/CTC/conmamba_large.yaml" in out
+    assert max(map(len, out.splitlines())) <= 100 or "HPARAMS files here" in out
+
+
+def test_nothing_given(capfd, monkeypatch):
+    status, out, _ = call(capfd, monkeypatch, "S2S", [])
+    assert status == 2
+    assert "usage: python train_S2S.py" in out
+
+
+@pytest.mark.parametrize("name", [CTC, S2S])
+def test_help_of_one_file(capfd, monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    argv = [runs.ROOT / "hparams" / name, "--help"]
+    status, out, _ = call(capfd, monkeypatch, runs.recipe_of(name), argv)
+    assert not status
+    for words in (r"--d_model +80", r"--number_of_epochs +\d+", "--device ", "--precision "):
+        assert re.search(words, out)
+    assert "Wiring" not in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_in_a_process_of_its_own(tmp_path):
+    done = runs.run(runs.command(CTC, tmp_path / "run", d_modl=3))
+    assert done.returncode == 2
+    assert "error: unknown option --d_modl; did you mean d_model?" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_interrupted_by_hand(tmp_path):
+    process = subprocess.Popen(
+        runs.command(CTC, tmp_path / "run", number_of_epochs=1000),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=runs.ROOT,
+        env=runs.environment(),
+    )
+    runs.wait_for_epochs(tmp_path / "run", 1, process)
+    process.send_signal(2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; run the same command again to continue" in err
+    assert "Traceback" not in err
