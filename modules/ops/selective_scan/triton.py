@@ -22,18 +22,17 @@ from torch.autograd.function import once_differentiable
 from modules.ops.backends import OK, Call
 
 CHANNELS = 32  # a program's; fewer or more were slower (../shared/KERNELS.md)
-GROUP = 4  # frames loaded ahead in the forward
-CHUNK = 4  # frames between kept states, a multiple of GROUP; also loaded ahead in the backward
+CHUNK = 4  # frames between kept states, and loaded ahead; 8 spill registers in the backward
 
 
 def availability() -> str:
-    if not torch.cuda.is_available() and not _interpreting():
+    if not torch.cuda.is_available() and not interpreting():
         return "needs a CUDA device, and torch sees none"
     return _importable()
 
 
 def supports(call: Call) -> str:
-    if call.device != "cuda" and not (call.device == "cpu" and _interpreting()):
+    if call.device != "cuda" and not (call.device == "cpu" and interpreting()):
         return f"runs on cuda, not on {call.device}"
     if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"has no kernel for {call.dtype}"
@@ -42,7 +41,7 @@ def supports(call: Call) -> str:
     return OK
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -76,7 +75,7 @@ class _TritonScan(torch.autograd.Function):
         u, dt, z = (_rows(x) for x in (u, dt, z))
         B, C = (_aligned_rows(x) for x in (B, C))
         A_t = _scaled(A)
-        D, dt_bias = (None if x is None else x.contiguous() for x in (D, dt_bias))
+        D, dt_bias, lengths = (None if x is None else x.contiguous() for x in (D, dt_bias, lengths))
         y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         final = A_t.new_empty(batch, states, channels)
         starts = A_t.new_empty(batch, -(-frames // CHUNK), states, channels) if keep else None
@@ -88,7 +87,6 @@ class _TritonScan(torch.autograd.Function):
             states,
             SOFTPLUS=softplus,
             REVERSE=reverse,
-            GROUP=GROUP,
             CHUNK=CHUNK,
         )
         ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, lengths, starts)
@@ -116,10 +114,11 @@ class _TritonScan(torch.autograd.Function):
         dBC = A_t.new_empty(batch, blocks, frames, 2, states)
         dD, ddt_bias = A_t.new_empty(2, batch, channels)
         dinitial = None if ctx.state_dtype is None else torch.empty_like(dA)
+        inputs = (u, dt, A_t, B, C, D, z, dt_bias, lengths, starts, dy, _state(dfinal))
+        gradients = (du, ddt, dA, dBC, dD, dz, ddt_bias, dinitial)
         _launch(
             backward_kernel,
-            (u, dt, A_t, B, C, D, z, dt_bias, lengths, starts, dy, _state(dfinal))
-            + (du, ddt, dA, dBC, dD, dz, ddt_bias, dinitial),
+            (*inputs, *gradients),
             (u, dt, B, C, z, dy),
             u.shape,
             states,

@@ -1,8 +1,9 @@
+# ruff: noqa: RUF005 - Triton knows tuples only to add them
 """Triton kernels of the selective scan: one program a (utterance, block of channels).
 
-A program keeps its states (N, channels) in registers in float32 and walks along time, to the
-utterance's own length. What it does is little arithmetic behind a long wait for memory, so the
-inputs of the next group of frames are loaded while the current group is computed.
+A program keeps its states (N, channels) in registers in float32 and walks along time in chunks, to
+the utterance's own length. What it does is little arithmetic behind a long wait for memory, so the
+inputs of the next chunk are loaded while the current one is computed.
 
 d numbers channels, n states, t frames, k frames in the order of the scan. A comes multiplied by
 log2(e), so that exp(dt A) is one exp2.
@@ -54,23 +55,16 @@ def load_row(pointers, k, length, stride, mask, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def load_ahead(
-    u, dt, z, B, C, k, length, stride_u, stride_dt, stride_z, stride_B, stride_C, d_mask, n_mask,
-    GROUP: tl.constexpr, REVERSE: tl.constexpr,
+def forward_row(
+    u, dt, z, B, C, k, length, u_t, dt_t, z_t, B_t, C_t, d_mask, n_mask, REVERSE: tl.constexpr
 ):  # fmt: skip
-    """u, dt, z, B, C of GROUP frames from the k-th on, as one tuple."""
-    rows = ()
-    for i in tl.static_range(GROUP):
-        row_u = load_row(u, k + i, length, stride_u, d_mask, REVERSE)
-        row_dt = load_row(dt, k + i, length, stride_dt, d_mask, REVERSE)
-        row_B = load_row(B, k + i, length, stride_B, n_mask, REVERSE)
-        row_C = load_row(C, k + i, length, stride_C, n_mask, REVERSE)
-        if z is None:
-            row_z = row_u
-        else:
-            row_z = load_row(z, k + i, length, stride_z, d_mask, REVERSE)
-        rows = rows + (row_u, row_dt, row_z, row_B, row_C)
-    return rows
+    """u, dt, z, B, C of the k-th frame."""
+    row_u = load_row(u, k, length, u_t, d_mask, REVERSE)
+    row_dt = load_row(dt, k, length, dt_t, d_mask, REVERSE)
+    row_B = load_row(B, k, length, B_t, n_mask, REVERSE)
+    row_C = load_row(C, k, length, C_t, n_mask, REVERSE)
+    row_z = row_u if z is None else load_row(z, k, length, z_t, d_mask, REVERSE)
+    return row_u, row_dt, row_z, row_B, row_C
 
 
 @triton.jit
@@ -80,7 +74,7 @@ def forward_kernel(
     frames, channels, states,
     u_b, u_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    N: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """starts (B, chunks, N, D), if any, gets the state before every CHUNK frames."""
     b = tl.program_id(1).to(tl.int64)
@@ -112,21 +106,24 @@ def forward_kernel(
         z += b * z_b + d
     y += b * frames * channels + d
     if starts is not None:
-        starts += b * tl.cdiv(frames, CHUNK) * states * channels + tile
+        starts += b * tl.cdiv(frames, CHUNK) * states * channels
 
-    rows = load_ahead(
-        u, dt, z, B, C, 0, length, u_t, dt_t, z_t, B_t, C_t, d_mask, n_mask, GROUP, REVERSE
-    )
-    for k in range(0, length, GROUP):
-        ahead = load_ahead(
-            u, dt, z, B, C, k + GROUP, length, u_t, dt_t, z_t, B_t, C_t, d_mask, n_mask,
-            GROUP, REVERSE,
+    rows = ()
+    for i in tl.static_range(CHUNK):
+        rows = rows + forward_row(
+            u, dt, z, B, C, i, length, u_t, dt_t, z_t, B_t, C_t, d_mask, n_mask, REVERSE
         )  # fmt: skip
+    for k in range(0, length, CHUNK):
+        ahead = ()
+        for i in tl.static_range(CHUNK):
+            ahead = ahead + forward_row(
+                u, dt, z, B, C, k + CHUNK + i, length, u_t, dt_t, z_t, B_t, C_t, d_mask, n_mask,
+                REVERSE,
+            )  # fmt: skip
         if starts is not None:
-            if k % CHUNK == 0:
-                tl.store(starts, h, mask=mask)
-                starts += states * channels
-        for i in tl.static_range(GROUP):
+            tl.store(starts + tile, h, mask=mask)
+            starts += states * channels
+        for i in tl.static_range(CHUNK):
             u_k = rows[5 * i].to(tl.float32)
             step, _ = step_size(rows[5 * i + 1], bias, SOFTPLUS)
             step = tl.where(k + i < length, step, 0.0)
@@ -151,26 +148,20 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_rows(
+def backward_row(
     u, dt, z, dy, B, C, k, length, u_t, dt_t, z_t, dy_t, B_t, C_t, d_mask, n_mask,
-    CHUNK: tl.constexpr, REVERSE: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """u, dt, z, dy, B, C of a chunk of frames, as one tuple; zeros for the chunk before the first."""
-    rows = ()
-    for i in tl.static_range(CHUNK):
-        d_valid = d_mask & (k >= 0)
-        n_valid = n_mask & (k >= 0)
-        row_u = load_row(u, k + i, length, u_t, d_valid, REVERSE)
-        row_dt = load_row(dt, k + i, length, dt_t, d_valid, REVERSE)
-        row_dy = load_row(dy, k + i, length, dy_t, d_valid, REVERSE)
-        row_B = load_row(B, k + i, length, B_t, n_valid, REVERSE)
-        row_C = load_row(C, k + i, length, C_t, n_valid, REVERSE)
-        if z is None:
-            row_z = row_u
-        else:
-            row_z = load_row(z, k + i, length, z_t, d_valid, REVERSE)
-        rows = rows + (row_u, row_dt, row_z, row_dy, row_B, row_C)
-    return rows
+    """u, dt, z, dy, B, C of the k-th frame; zeros if k is negative or not below length."""
+    d_mask &= k >= 0
+    n_mask &= k >= 0
+    row_u = load_row(u, k, length, u_t, d_mask, REVERSE)
+    row_dt = load_row(dt, k, length, dt_t, d_mask, REVERSE)
+    row_dy = load_row(dy, k, length, dy_t, d_mask, REVERSE)
+    row_B = load_row(B, k, length, B_t, n_mask, REVERSE)
+    row_C = load_row(C, k, length, C_t, n_mask, REVERSE)
+    row_z = row_u if z is None else load_row(z, k, length, z_t, d_mask, REVERSE)
+    return row_u, row_dt, row_z, row_dy, row_B, row_C
 
 
 @triton.jit
@@ -223,35 +214,38 @@ def backward_kernel(
         z += b * z_b + d
         dz += b * frames * channels + d
     dBC += (b * tl.num_programs(0) + tl.program_id(0)) * frames * 2 * states + n
-    starts += b * tl.cdiv(frames, CHUNK) * states * channels + tile
+    starts += b * tl.cdiv(frames, CHUNK) * states * channels
 
     chunks = tl.cdiv(length, CHUNK)
     last = chunks - 1
-    rows = backward_rows(
-        u, dt, z, dy, B, C, last * CHUNK, length, u_t, dt_t, z_t, dy_t, B_t, C_t, d_mask, n_mask,
-        CHUNK, REVERSE,
-    )  # fmt: skip
+    rows = ()
+    for i in tl.static_range(CHUNK):
+        rows = rows + backward_row(
+            u, dt, z, dy, B, C, last * CHUNK + i, length, u_t, dt_t, z_t, dy_t, B_t, C_t,
+            d_mask, n_mask, REVERSE,
+        )  # fmt: skip
     starts += tl.cast(last, tl.int64) * states * channels
-    start = tl.load(starts, mask=mask & (last >= 0), other=0.0)
+    start = tl.load(starts + tile, mask=mask & (last >= 0), other=0.0)
     for j in range(0, chunks):
         k = (last - j) * CHUNK
-        ahead = backward_rows(
-            u, dt, z, dy, B, C, k - CHUNK, length, u_t, dt_t, z_t, dy_t, B_t, C_t, d_mask, n_mask,
-            CHUNK, REVERSE,
-        )  # fmt: skip
-        starts -= states * channels
-        start_ahead = tl.load(starts, mask=mask & (k > 0), other=0.0)
-
-        before = (start,)  # the states before each frame
-        for i in tl.static_range(CHUNK - 1):
+        h = (start,)  # the states before and after each frame
+        for i in tl.static_range(CHUNK):
             step, _ = step_size(rows[6 * i + 1], bias, SOFTPLUS)
             step = tl.where(k + i < length, step, 0.0)
             dt_u = step * rows[6 * i].to(tl.float32)
             B_k = rows[6 * i + 4].to(tl.float32)
-            h = tl.exp2(step[None, :] * A_tile) * before[i] + dt_u[None, :] * B_k[:, None]
-            before = before + (h,)
+            decay = tl.exp2(step[None, :] * A_tile)
+            h = h + (decay * h[i] + dt_u[None, :] * B_k[:, None],)
 
+        ahead = ()
         for i in tl.static_range(CHUNK - 1, -1, -1):
+            ahead = ahead + backward_row(
+                u, dt, z, dy, B, C, k - 1 - i, length, u_t, dt_t, z_t, dy_t, B_t, C_t,
+                d_mask, n_mask, REVERSE,
+            )  # fmt: skip
+            if i == CHUNK // 2 - 1:
+                starts -= states * channels
+                start = tl.load(starts + tile, mask=mask & (k > 0), other=0.0)
             valid = k + i < length
             u_k = rows[6 * i].to(tl.float32)
             step, slope = step_size(rows[6 * i + 1], bias, SOFTPLUS)
@@ -262,19 +256,18 @@ def backward_kernel(
             t = frame(k + i, length, REVERSE)
 
             decay = tl.exp2(step[None, :] * A_tile)
-            h = decay * before[i] + (step * u_k)[None, :] * B_k[:, None]
             if z is not None:
                 gate = rows[6 * i + 2].to(tl.float32)
                 sigmoid = 1.0 / (1.0 + tl.exp2(-gate * LOG2E))
                 silu = gate * sigmoid
-                y_k = tl.sum(h * C_k[:, None], axis=0) + skip * u_k
+                y_k = tl.sum(h[i + 1] * C_k[:, None], axis=0) + skip * u_k
                 dz_k = dy_k * y_k * (sigmoid + silu * (1.0 - sigmoid))
                 tl.store(dz + t * channels, dz_k.to(dz.dtype.element_ty), mask=d_mask & valid)
                 dy_k *= silu
 
             dh = message + dy_k[None, :] * C_k[:, None]
             message = decay * dh
-            dlog = message * before[i]  # of dt A
+            dlog = message * h[i]  # of dt A
             dA_tile += dlog * step[None, :]
             ddt_u = tl.sum(dh * B_k[:, None], axis=0)
             # A is log2(e) times itself; ln(2) takes that back.
@@ -286,11 +279,10 @@ def backward_kernel(
             tl.store(du + t * channels, du_k.to(du.dtype.element_ty), mask=d_mask & valid)
             tl.store(ddt + t * channels, ddt_k.to(ddt.dtype.element_ty), mask=d_mask & valid)
             dB_k = tl.sum(dh * (step * u_k)[None, :], axis=1)
-            dC_k = tl.sum(h * dy_k[None, :], axis=1)
+            dC_k = tl.sum(h[i + 1] * dy_k[None, :], axis=1)
             tl.store(dBC + t * 2 * states, dB_k, mask=n_mask & valid)
             tl.store(dBC + t * 2 * states + states, dC_k, mask=n_mask & valid)
         rows = ahead
-        start = start_ahead
 
     zero_d = tl.zeros([CHANNELS], tl.float32)
     zero_n = tl.zeros([N], tl.float32)

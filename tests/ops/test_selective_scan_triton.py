@@ -1,0 +1,348 @@
+"""The Triton backend of the selective scan equals the naive loop in float64.
+
+On a CUDA device the kernels run there. Elsewhere they run in Triton's interpreter, in a process of
+its own, as TRITON_INTERPRET must be set before triton is imported; and the real compiler builds
+them for an H200, which needs no device.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_selective_scan import make, run
+from torch.utils.checkpoint import checkpoint
+
+from modules.ops.backends import Call
+from modules.ops.selective_scan import available_backends, selective_scan, triton
+
+INTERPRETED = triton.interpreting()
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton comes for Linux alone"
+)
+runs_kernels = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="runs below test_in_the_interpreter"
+)
+gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+PER_FRAME = ("u", "dt", "z", "B", "C")
+
+
+@installed
+@pytest.mark.skipif(INTERPRETED, reason="is what this test starts")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).resolve().parents[2]
+    child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", child.stdout).group(1)) >= 20, child.stdout
+
+
+def leaves_of(dtype, *shape, leave_out=()):
+    """-> as `make`, on the device, dtype in the inputs of every frame and float32 elsewhere"""
+    frames, channels, states = shape
+    leaves = make(frames, 3, channels, states, dtype, leave_out)
+    return {k: v.detach().to(DEVICE).requires_grad_() for k, v in leaves.items()}
+
+
+def assert_close(leaves, tolerance, **options):
+    """Result, state and gradients equal naive's in float64, relative to the largest number."""
+    exact = {k: v.detach().double().requires_grad_() for k, v in leaves.items()}
+    expected = run(exact, "naive", **options)
+    got = run(leaves, "triton", **options)
+    for name, x in got.items():
+        assert x.dtype == (leaves[name].dtype if name in leaves else x.dtype), name
+        assert torch.isfinite(x).all(), name
+        scale = expected[name].abs().max().clamp(min=1e-30)
+        # Sums over frames of many signs: their rounding goes with their terms.
+        assert (x - expected[name]).abs().max() <= tolerance * max(scale, 1e-3), name
+    assert got["y"].dtype == leaves["u"].dtype and got["state"].dtype == torch.float32
+    return got
+
+
+def lengths_of(frames):
+    return torch.tensor([frames, 0, max(frames // 2, 1)], device=DEVICE)
+
+
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+CASES = [  # frames, channels, states, reverse, lengths, softplus, what is left out
+    (1, 1, 4, False, False, True, ()),
+    (1, 32, 16, True, True, False, ("z", "dt_bias")),
+    (2, 31, 5, True, False, False, ("D",)),
+    (3, 70, 16, False, True, True, ("z", "initial_state")),
+    (7, 40, 4, True, True, True, ("dt_bias",)),
+    (8, 32, 16, False, False, True, ("D", "z")),
+    (9, 31, 1, False, True, True, ("initial_state",)),
+    (17, 31, 5, True, True, True, ("D", "z", "dt_bias", "initial_state")),
+    (33, 20, 16, False, True, False, ()),
+    (6, 32, 64, True, True, True, ("z",)),
+]
+
+
+@pytest.fixture
+def fresh_memory_is_nan():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@runs_kernels
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_naive_in_double(case):
+    frames, channels, states, reverse, with_lengths, softplus, leave_out = case
+    leaves = leaves_of(torch.float32, frames, channels, states, leave_out=leave_out)
+    if not softplus:
+        with torch.no_grad():
+            leaves["dt"].abs_()
+            if "dt_bias" in leaves:
+                leaves["dt_bias"].abs_()
+    options = {"reverse": reverse, "dt_softplus": softplus}
+    if with_lengths:
+        options["lengths"] = lengths_of(frames)
+    assert_close(leaves, TOLERANCE[torch.float32], **options)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    leaves = leaves_of(dtype, 5, 20, 16)
+    assert_close(leaves, TOLERANCE[dtype], lengths=lengths_of(5), reverse=True)
+    leaves["dt"] = leaves["dt"].detach().float().requires_grad_()  # each has a dtype of its own
+    assert_close(leaves, TOLERANCE[dtype])
+
+
+@runs_kernels
+@pytest.mark.parametrize("reverse, garbage", [(False, float("inf")), (True, float("nan"))])
+def test_views_of_projections_with_garbage_in_the_padding(reverse, garbage, fresh_memory_is_nan):
+    frames, channels, states = 6, 33, 4
+    lengths = lengths_of(frames)
+    padding = torch.arange(frames, device=DEVICE) >= lengths[:, None]
+    clean = leaves_of(torch.float32, frames, channels, states)
+    options = {"lengths": lengths, "reverse": reverse}
+    expected = run(clean, "triton", **options)
+
+    dirty = {k: v.detach().clone() for k, v in clean.items()}
+    for name in PER_FRAME:
+        dirty[name][padding] = garbage
+    # u in time-major order; u, z and dt, B, C as halves and parts of what a projection gives.
+    dirty["u"], dirty["z"] = torch.cat([dirty["u"], dirty["z"]], -1).chunk(2, -1)
+    dirty["dt"], dirty["B"], dirty["C"] = torch.cat(
+        [dirty[name] for name in ("dt", "B", "C")], -1
+    ).split([channels, states, states], -1)
+    dirty["u"] = dirty["u"].transpose(0, 1).contiguous().transpose(0, 1)
+    dirty = {k: v.requires_grad_() for k, v in dirty.items()}
+    assert not dirty["z"].is_contiguous() and not dirty["u"].is_contiguous()
+    got = run(dirty, "triton", **options)
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+    for name in ("y", *PER_FRAME):
+        assert (got[name][padding] == 0).all(), name
+    assert torch.equal(got["state"][1], clean["initial_state"][1])
+
+
+@runs_kernels
+def test_channels_first_inputs():
+    leaves = leaves_of(torch.float32, 5, 8, 4)
+    turned = {
+        k: v.detach().transpose(1, 2).contiguous().transpose(1, 2) if k in PER_FRAME else v.detach()
+        for k, v in leaves.items()
+    }
+    turned = {k: v.requires_grad_() for k, v in turned.items()}
+    expected, got = (run(x, "triton") for x in (leaves, turned))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dt_scale", [1e3, 1e-6])
+@pytest.mark.parametrize("A_scale", [1.0, 1e3])
+def test_extreme_steps_and_decays(dt_scale, A_scale):
+    leaves = leaves_of(torch.float32, 9, 8, 4, leave_out=("dt_bias",))
+    with torch.no_grad():
+        leaves["dt"].abs_().clamp_(0.1).mul_(dt_scale)
+        leaves["A"].mul_(A_scale)
+    assert_close(leaves, 1e-4, dt_softplus=False)
+
+
+@runs_kernels
+def test_softplus_far_from_zero():
+    leaves = leaves_of(torch.float32, 12, 3, 4, leave_out=("dt_bias",))
+    values = torch.tensor([-200, -90, -30, -17, -8, -1e-3, 1e-3, 3, 19, 21, 90, 1e3])
+    with torch.no_grad():
+        leaves["dt"].copy_(values[:, None].expand_as(leaves["dt"]))
+    got = assert_close(leaves, 1e-5)
+    exact = {k: v.detach().double().requires_grad_() for k, v in leaves.items()}
+    expected = run(exact, "naive")["dt"]
+    finite = (values > -60) & (values < 30)  # float32 holds them, far below the largest too
+    torch.testing.assert_close(
+        got["dt"][:, finite].double(), expected[:, finite], rtol=1e-3, atol=1e-12
+    )
+
+
+@runs_kernels
+def test_gradient_from_the_state_or_the_result_alone():
+    leaves = leaves_of(torch.float32, 6, 8, 4)
+    for part in (0, 1):
+        both = []
+        for dtype, backend in ((torch.float32, "triton"), (torch.float64, "naive")):
+            inputs = {k: v.detach().to(dtype).requires_grad_() for k, v in leaves.items()}
+            parts = selective_scan(**inputs, dt_softplus=True, return_state=True, backend=backend)
+            both.append(
+                torch.autograd.grad(
+                    parts[part].square().sum(), list(inputs.values()), materialize_grads=True
+                )
+            )
+        for got, expected in zip(*both, strict=True):
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@runs_kernels
+def test_no_gradient_no_saved_states():
+    leaves = leaves_of(torch.float32, 6, 8, 4)
+    expected = selective_scan(**leaves, dt_softplus=True, backend="triton")
+    with torch.no_grad():
+        got = selective_scan(**leaves, dt_softplus=True, backend="triton")
+    assert torch.equal(got, expected) and not got.requires_grad
+    empty = {k: v[:0] if v.dim() == 3 else v for k, v in leaves.items()}
+    assert selective_scan(**empty, backend="triton").shape == (0, 6, 8)
+
+
+@runs_kernels
+def test_autocast_checkpoint_and_repetition_change_nothing():
+    leaves = leaves_of(torch.float32, 2, 33, 4)
+    expected = run(leaves, "triton")
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        autocast = run(leaves, "triton")
+    for name in expected:
+        assert torch.equal(autocast[name], expected[name]), name
+
+    def scan(*tensors):
+        inputs = dict(zip(leaves, tensors, strict=True))
+        return selective_scan(**inputs, dt_softplus=True, backend="triton").square().sum()
+
+    for use_reentrant in (False, True):
+        loss = checkpoint(scan, *leaves.values(), use_reentrant=use_reentrant)
+        plain = torch.autograd.grad(scan(*leaves.values()), list(leaves.values()))
+        for x in leaves.values():
+            x.grad = None
+        loss.backward()
+        assert all(torch.equal(x.grad, y) for x, y in zip(leaves.values(), plain, strict=True))
+
+
+def test_what_it_refuses():
+    call = {"width": 16, "needs_grad": True, "initial_state": True, "return_state": True}
+    assert triton.supports(Call(device="cuda", dtype=torch.bfloat16, **call)) == "ok"
+    assert "float64" in triton.supports(Call(device="cuda", dtype=torch.float64, **call))
+    wide = Call(device="cuda", dtype=torch.float32, **{**call, "width": 65})
+    assert "65" in triton.supports(wide)
+    if not INTERPRETED:
+        assert "cpu" in triton.supports(Call(device="cpu", dtype=torch.float32, **call))
+    if DEVICE == "cpu" and not INTERPRETED:
+        assert "CUDA" in available_backends()["triton"]
+
+
+def test_never_chosen_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(triton, "selective_scan", None)
+    assert selective_scan(**make(3, dtype=torch.float32)).shape == (3, 3, 5)
+
+
+# What is None, apart from the gate in the forward, changes little: two variants a dtype suffice.
+@installed
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter hides the compiler")
+@pytest.mark.parametrize(
+    "dtype, states, absent",
+    [
+        ("bf16", 16, {"z", "dz", "initial", "dfinal", "dinitial"}),
+        ("fp16", 64, set()),
+        ("fp32", 4, {"D", "dt_bias", "lengths"}),
+    ],
+)
+def test_compiles_for_an_h200(dtype, states, absent):
+    from modules.ops.selective_scan import triton_kernels
+
+    for kernel in (triton_kernels.forward_kernel, triton_kernels.backward_kernel):
+        registers, spilled = compile_kernel(kernel, dtype, states, absent)
+        assert registers <= 255
+        if kernel is triton_kernels.forward_kernel:
+            assert spilled == 0
+        else:
+            assert spilled <= 2000, "bytes: far more than when it was measured"
+
+
+def compile_kernel(kernel, dtype, states, absent):
+    """-> registers a thread and bytes spilled, as ptxas reports them for sm_90"""
+    import triton as package
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = dict.fromkeys(absent & set(kernel.arg_names))
+    constants |= {"SOFTPLUS": True, "REVERSE": True, "N": states}
+    constants |= {"CHANNELS": triton.CHANNELS, "CHUNK": triton.CHUNK}
+    rows = {"u", "dt", "B", "C", "z", "y", "dy", "du", "ddt", "dz"}
+    numbers = {"frames", "channels", "states"}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in numbers or re.fullmatch(r"(u|dt|B|C|z|dy)_[bt]", name):
+            signature[name] = "i32"
+        else:
+            signature[name] = (
+                "*i64" if name == "lengths" else f"*{dtype if name in rows else 'fp32'}"
+            )
+        if name not in constants and name != "frames":
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": max(states // 16, 1)}
+    ptx = package.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        ptxas = Path(package.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+        command = [ptxas, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", report).group(1))
+    return registers, int(re.search(r"(\d+) bytes spill stores", report).group(1))
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_at_real_sizes(dtype, reverse):
+    for leave_out in ((), ("z", "initial_state")):
+        leaves = leaves_of(dtype, 403, 288, 16, leave_out=leave_out)
+        tolerance = {**TOLERANCE, torch.float32: 1e-4}[dtype]
+        assert_close(leaves, tolerance, lengths=lengths_of(403), reverse=reverse)
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_training_step_like_chunked():
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def leaf(*shape, dtype=torch.bfloat16):
+        return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype).requires_grad_()
+
+    leaves = {
+        "u": leaf(32, 400, 1024),
+        "dt": leaf(32, 400, 1024),
+        "A": (-torch.arange(1.0, 17, device=DEVICE).repeat(1024, 1)).requires_grad_(),
+        "B": leaf(32, 400, 16),
+        "C": leaf(32, 400, 16),
+        "D": leaf(1024, dtype=torch.float32),
+        "dt_bias": (leaf(1024, dtype=torch.float32).detach() - 4).requires_grad_(),
+    }
+    lengths = torch.randint(200, 401, (32,), generator=generator, device=DEVICE)
+    first, again, expected = (
+        run(leaves, backend, lengths=lengths) for backend in ("triton", "triton", "chunked")
+    )
+    for name in expected:
+        assert torch.equal(first[name], again[name]), name
+        error = (first[name].float() - expected[name].float()).abs().max()
+        assert error <= 1e-2 * expected[name].float().abs().max(), name
