@@ -141,8 +141,12 @@ def code():
 
 
 def read_in_code(key):
-    """As hparams.key, hparams["key"] or getattr(hparams, "key"), or by SpeechBrain's Brain."""
-    pattern = rf'hparams\.{key}\b|\[["\']{key}["\']\]|hparams, ["\']{key}["\']'
+    """As hparams.key, hparams["key"], hparams.get("key") or getattr(hparams, "key").
+
+    Keys that are SpeechBrain's run options are read by its Brain.
+    """
+    name = rf'["\']{key}["\']'
+    pattern = rf"hparams\.{key}\b|\[{name}\]|\.get\({name}|hparams, {name}"
     return key in RUN_OPTIONS or re.search(pattern, code()) is not None
 
 
