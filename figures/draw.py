@@ -1,0 +1,93 @@
+"""Draw the figures: the architecture from the code, error rates from measured results.
+
+python figures/draw.py            # as `make figures`: architecture.svg and results.svg
+python figures/draw.py --output /tmp/look --format png
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from figures.architecture import INK, draw_architecture  # noqa: E402
+
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: small, searchable, and testable
+    "svg.hashsalt": "mamba-asr",  # the same ids at every drawing
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
+    "font.size": 9,
+    "text.color": INK,
+    "savefig.dpi": 110,
+    "savefig.facecolor": "white",
+}
+
+
+def draw_results(results):
+    """Error rates: bars are means over seeds, dots are the seeds.
+
+    results: a list of {"corpus", "test_set", "model", "seed", "wer", "cer"}, rates in percent.
+    """
+    corpora = sorted({(r["corpus"], r["test_set"]) for r in results})
+    models = sorted({r["model"] for r in results})
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for ax, metric in zip(axes, ("wer", "cer"), strict=True):
+        values = defaultdict(list)
+        for r in results:
+            if r.get(metric) is not None:
+                values[r["corpus"], r["test_set"], r["model"]].append(r[metric])
+        width = 0.8 / len(models)
+        for i, model in enumerate(models):
+            for j, corpus in enumerate(corpora):
+                seeds = values.get((*corpus, model))
+                if not seeds:
+                    continue
+                x = j + (i - (len(models) - 1) / 2) * width
+                mean = sum(seeds) / len(seeds)
+                name = model if model not in ax.get_legend_handles_labels()[1] else None
+                ax.bar(x, mean, width * 0.92, color=f"C{i}", alpha=0.55, label=name)
+                ax.plot([x] * len(seeds), seeds, "o", color=f"C{i}", markersize=4)
+                ax.annotate(f"{mean:.1f}", (x, max(seeds)), (0, 4), textcoords="offset points",
+                            ha="center", fontsize=7.5)  # fmt: skip
+        ax.set_xticks(range(len(corpora)), [f"{c}\n{t}" for c, t in corpora])
+        ax.set_ylabel(f"{metric.upper()} %")
+        ax.set_ylim(0, 1.15 * max(max(seeds) for seeds in values.values()))
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=7.5)
+    return figure
+
+
+def save(figure, path):
+    """Write a figure without anything that changes from one drawing to the next."""
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "figures", help="the folder to fill")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs/results.json")
+    parser.add_argument("--format", choices=("svg", "png"), default="svg")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        save(draw_architecture(), arguments.output / f"architecture.{arguments.format}")
+        if arguments.results.is_file():
+            results = json.loads(arguments.results.read_text(encoding="utf-8"))
+            save(draw_results(results), arguments.output / f"results.{arguments.format}")
+        else:
+            print(f"{arguments.results} is missing: results.{arguments.format} is not drawn")
+
+
+if __name__ == "__main__":
+    main()
