@@ -40,6 +40,8 @@ class ASRBrain(sb.Brain):
             run_opts=run_opts,
             checkpointer=hparams["checkpointer"],
         )
+        # Converted checkpoints hold weights and feature statistics, and nothing of a training.
+        self.checkpointer.allow_partial_load = True
         # Statistics are read onto the device that the features are on.
         self.hparams.normalize.to(self.device)
         self.tokenizer = hparams["tokenizer"]
@@ -110,8 +112,8 @@ class ASRBrain(sb.Brain):
     def fit_batch(self, batch):
         return super().fit_batch(batch.to(self.device))
 
-    def on_fit_batch_end(self, batch, outputs, loss, should_step):
-        """Advance the schedule with the optimizer."""
+    def on_fit_batch_start(self, batch, should_step):
+        """Advance the schedule before the step, so that warm-up begins with the first one."""
         if should_step:
             self.hparams.lr_scheduler(self.optimizer)
 

@@ -146,6 +146,20 @@ def test_a_wrong_resume_path(tmp_path, wrong, skip_train):
     assert not (tmp_path / "run/hyperparams.yaml").exists()
 
 
+def test_a_checkpoint_of_weights_and_statistics_alone(straight, tmp_path):
+    source = max(straight.glob("save/CKPT+*"), key=lambda p: p.stat().st_mtime)
+    converted = tmp_path / "converted/save" / source.name
+    converted.mkdir(parents=True)
+    for name in ("CKPT.yaml", "model.ckpt", "normalizer.ckpt"):
+        (converted / name).write_bytes((source / name).read_bytes())
+    options = {"avg_checkpoints": 1, **runs.PLAIN}
+    runs.train(CTC, tmp_path / "converted", skip_train=True, **options)
+    runs.train(CTC, tmp_path / "tuned", number_of_epochs=1, resume=converted, **options)
+    (tuned,) = runs.log_lines(tmp_path / "tuned")
+    assert (tuned["epoch"], tuned["steps"]) == (1, 5)
+    assert tuned["train loss"] < runs.log_lines(straight)[1]["train loss"]
+
+
 def test_another_model_in_the_same_folder(straight):
     before = runs.files_of(straight / "save"), (straight / "hyperparams.yaml").read_text()
     for skip_train in (False, True):
