@@ -36,7 +36,7 @@ PER_FRAME = ("u", "dt", "z", "B", "C")
 @installed
 @pytest.mark.skipif(INTERPRETED, reason="is what this test starts")
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", __file__]
+    command = [sys.executable, "-m", "pytest", "-m", "not gpu", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parents[2]
     child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)

@@ -67,7 +67,7 @@ def forward_row(
     return row_u, row_dt, row_z, row_B, row_C
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames"])  # one build for every number of frames
 def forward_kernel(
     u, dt, A, B, C, D, z, dt_bias, lengths, initial,
     y, final, starts,
@@ -164,7 +164,7 @@ def backward_row(
     return row_u, row_dt, row_z, row_dy, row_B, row_C
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames"])  # one build for every number of frames
 def backward_kernel(
     u, dt, A, B, C, D, z, dt_bias, lengths, starts, dy, dfinal,
     du, ddt, dA, dBC, dD, dz, ddt_bias, dinitial,
