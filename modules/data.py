@@ -31,6 +31,9 @@ def prepare_manifests(hparams):
         merge_lst=hparams["train_splits"],
         merge_name="train.csv",
         skip_prep=hparams["skip_prep"],
+        sample_rate=hparams["sample_rate"],
+        max_seconds=hparams["max_seconds"],
+        max_bad_fraction=hparams["max_bad_fraction"],
     )
 
 
