@@ -18,8 +18,8 @@ import speechbrain as sb
 import torch
 import yaml
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.checkpoints import Checkpointer
 
+from modules.checkpoints import Checkpointer
 from modules.errors import UserError
 from modules.tokenizer import SPECIAL
 from modules.upstream import convert, load_strictly
