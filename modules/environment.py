@@ -1,6 +1,6 @@
 """One screen about this machine and installation, for users and bug reports.
 
-    python -m modules.environment
+python -m modules.environment
 """
 
 import importlib.metadata
@@ -15,9 +15,9 @@ import torch
 from modules.ops import causal_conv1d, selective_scan
 
 PACKAGES = (
-    "torch torchaudio speechbrain HyperPyYAML sentencepiece soundfile numpy triton mamba-ssm "
-    "causal-conv1d kenlm wandb tensorboard espeakng-loader"
-).split()
+    *("torch", "torchaudio", "speechbrain", "HyperPyYAML", "sentencepiece", "soundfile", "numpy"),
+    *("triton", "mamba-ssm", "causal-conv1d", "kenlm", "wandb", "tensorboard", "espeakng-loader"),
+)
 
 
 def versions():
@@ -63,7 +63,8 @@ def devices():
         lines.append((f"cuda:{i}", f"{properties.name}, {memory:.0f} GiB; {precisions}"))
     if torch.backends.mps.is_available():
         lines.append(("mps", "Apple GPU; fp32, fp16, bf16 (macOS 14 and later)"))
-    lines.append(("cpu", f"{platform.processor() or platform.machine()}, {cores()} cores; fp32, bf16"))
+    processor = platform.processor() or platform.machine()
+    lines.append(("cpu", f"{processor}, {cores()} cores; fp32, bf16"))
     return lines
 
 
