@@ -1,6 +1,7 @@
 """From a command line to hparams, device and process group; a user's mistake gets one line."""
 
 import dataclasses
+import gc
 import os
 import sys
 import time
@@ -54,8 +55,20 @@ def run(main, script, example):
         print("\ninterrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_process_group()
+
+
+def leave_process_group():
+    """Leave while Python is whole.
+
+    Gloo's threads may still hold tensors of the last exchange. Those that let go of them only
+    when the interpreter ends abort the process (github.com/pytorch/pytorch/pull/179291), so what
+    the run made goes first: its modules are freed only by the collector.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
+        gc.collect()
 
 
 def start(argv):
