@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import speechbrain as sb
@@ -235,7 +236,9 @@ class ASRBrain(sb.Brain):
         chosen = best(
             found, self.checkpoint_metric, self.higher_is_better, self.hparams.avg_checkpoints
         )
-        weights = average_checkpoints(chosen, "model")
+        # Weights saved on a device that is not here are read all the same.
+        read = partial(torch.load, map_location="cpu", weights_only=True)
+        weights = average_checkpoints(chosen, "model", parameter_loader=read)
         self.hparams.model.load_state_dict(weights, strict=True)
         logger.info("Evaluating the average of %d checkpoints", len(chosen))
 

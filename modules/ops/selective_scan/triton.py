@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from modules.ops.backends import OK, Call
 
-CHANNELS = 32  # a program's; 8, 16 and 64 were slower on an H200
+CHANNELS = 32  # a program's
 CHUNK = 4  # frames between kept states, and loaded ahead; 8 spill registers in the backward
 
 
