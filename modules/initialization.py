@@ -1,28 +1,35 @@
-"""The two initialisations of the published models, behind the key `initialization`."""
+"""The initialisations of the published models, behind the key `initialization`."""
 
 from torch import nn
 
-from modules.mamba import BiMamba, Mamba
+from modules.mamba import SelectiveSSM
 
-SCHEMES = ("mamba", "published")
+# What a state-space direction keeps of its own initialisation under each scheme.
+KEPT = {
+    "mamba": ("A_log", "dt_proj.weight", "conv1d.weight"),
+    "mamba_conv_xavier": ("A_log", "dt_proj.weight"),
+    "published": (),
+}
 
 
 def initialize(module, scheme):
     """Initialise an encoder or decoder in place.
 
-    Both schemes give every parameter of more than one dimension Xavier normal values.
-    "mamba" leaves Mamba's parameters as their own initialisation made them (A = -1..-N);
-    "published" overwrites those too, A_log included, as the published recipe did (A ends
-    between -1.3 and -0.8).
+    Every scheme gives the parameters of more than one dimension Xavier normal values, except for
+    what it keeps of Mamba's own initialisation (A = -1..-N, dt log-uniform in [0.001, 0.1],
+    PyTorch's convolution). "published" keeps none of it, A_log included, as the published recipe
+    did (A ends between -1.3 and -0.8).
 
     Raises ValueError for another scheme.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"initialization={scheme!r} is unknown; use one of {SCHEMES}")
-    if scheme == "mamba" and isinstance(module, Mamba | BiMamba):
-        return
-    for parameter in module.parameters(recurse=False):
-        if parameter.dim() > 1:
+    if scheme not in KEPT:
+        raise ValueError(f"initialization={scheme!r} is unknown; use one of {tuple(KEPT)}")
+    kept = {
+        id(ssm.get_parameter(name))
+        for ssm in module.modules()
+        if isinstance(ssm, SelectiveSSM)
+        for name in KEPT[scheme]
+    }
+    for parameter in module.parameters():
+        if parameter.dim() > 1 and id(parameter) not in kept:
             nn.init.xavier_normal_(parameter)
-    for child in module.children():
-        initialize(child, scheme)

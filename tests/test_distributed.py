@@ -7,6 +7,7 @@ import time
 from collections import Counter
 
 import pytest
+import torch
 
 from modules.data import WholeStepSampler
 from tests.recipes import runs
@@ -76,6 +77,18 @@ def test_two_processes_equal_one(one_process, tmp_path):
     # One rank tells.
     assert output.count("Going into epoch 1") == 1
     assert output.count("test set ") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_equal_one(tmp_path):
+    """The same over NCCL."""
+    options = {**runs.PLAIN, "number_of_epochs": 2, "device": "cuda"}
+    runs.train(CTC, tmp_path / "one", grad_accumulation_factor=2, **options)
+    command = runs.command(CTC, tmp_path / "two", **options)
+    status, output = finish(start_ranks(command[1:], "--standalone", "--nproc-per-node", 2))
+    assert status == 0, output
+    assert_same_curve(tmp_path / "two", tmp_path / "one")
 
 
 def test_two_nodes_equal_one_process(one_process, tmp_path):
