@@ -47,7 +47,7 @@ class MambaDecoderLayer(nn.Module):
         return self.self_mamba.initial_state(batch_size), cross_state
 
     def advance(self, x, lengths, state):
-        """x (B, U, D), lengths (B,), state -> (B, U, D), state. Constant work a token."""
+        """x (B, U, D), lengths (B,) or None, state -> (B, U, D), state. Constant work a token."""
         self_state, cross_state = state
         y, self_state = self.self_mamba(self.self_norm(x), lengths, self_state)
         x = x + y
@@ -127,20 +127,19 @@ class Decoder(nn.Module):
     def start(self, memory, lengths):
         """Read the memory (B, T, D), valid to lengths (B,): the state before the first token."""
         memory = zero_padding(memory, lengths)
-        return 0, [layer.start(memory, lengths) for layer in self.layers]
+        position = torch.zeros((), dtype=torch.long, device=memory.device)
+        return position, [layer.start(memory, lengths) for layer in self.layers]
 
     def advance(self, tokens, state, lengths=None):
         """Decode more tokens.
 
         tokens (B, U) int, state from `start` or an earlier call, lengths (B,) of tokens when they
-        are padded -> (B, U, D), state.
+        are padded -> (B, U, D), state. Nothing here waits for the device.
         """
         position, layer_states = state
         num_tokens = tokens.shape[1]
-        if lengths is None:
-            lengths = torch.full((tokens.shape[0],), num_tokens, device=tokens.device)
         x = self.embedding(tokens) * self.embedding.embedding_dim**0.5
-        positions = torch.arange(position, position + num_tokens, device=tokens.device)
+        positions = position + torch.arange(num_tokens, device=tokens.device)
         x = x + sine_encoding(positions, x.shape[-1], x.dtype)
         new_states = []
         for layer, layer_state in zip(self.layers, layer_states, strict=True):
@@ -159,9 +158,12 @@ class Decoder(nn.Module):
 
 
 def select_hypotheses(state, index):
-    """Reorder or repeat the batch axis of every tensor in a decoder state: index (B',) -> B'."""
+    """Reorder or repeat the batch axis of every tensor in a decoder state: index (B',) -> B'.
+
+    The position, a tensor without axes, is common to all.
+    """
     if isinstance(state, torch.Tensor):
-        return state.index_select(0, index)
+        return state.index_select(0, index) if state.dim() else state
     if isinstance(state, tuple | list):
         return type(state)(select_hypotheses(part, index) for part in state)
     return state

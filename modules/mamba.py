@@ -61,8 +61,12 @@ class SelectiveSSM(nn.Module):
     def forward(self, x, lengths, z=None, state=None):
         """x, z (B, T, d_inner), lengths (B,) -> (B, T, d_inner), the state after each length.
 
-        The state returned is None when none is given.
+        The state returned is None when none is given. One frame without lengths, as in a search,
+        takes `step`.
         """
+        if state is not None and lengths is None and x.shape[1] == 1 and not self.reverse:
+            y, state = self.step(x[:, 0], None if z is None else z[:, 0], state)
+            return y.unsqueeze(1), state
         conv_state, ssm_state = (None, None) if state is None else state
         keep = state is not None
         x = causal_conv1d(
@@ -95,6 +99,26 @@ class SelectiveSSM(nn.Module):
         y, ssm_state = y if keep else (y, None)
         return y, ((conv_state, ssm_state) if keep else None)
 
+    def step(self, x, z, state):
+        """One frame, x and z (B, d_inner), state -> (B, d_inner), state: eq. 2a and 2b themselves.
+
+        A search advances one frame at a time, and there a backend's call costs more than its sums.
+        Numbers are those of `forward`: the state space is float32, float64 for float64 input.
+        """
+        conv_state, h = state
+        window = torch.cat([conv_state.to(x.dtype), x.unsqueeze(-1)], dim=-1)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x = (window.to(dtype) * self.conv1d.weight.squeeze(1)).sum(-1) + self.conv1d.bias
+        x = F.silu(x).to(window.dtype)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = F.softplus(F.linear(dt, self.dt_proj.weight).to(dtype) + self.dt_proj.bias)
+        decay = torch.exp(dt.unsqueeze(-1) * -torch.exp(self.A_log))
+        h = decay * h + (dt * x).unsqueeze(-1) * B.to(dtype).unsqueeze(1)
+        y = (h * C.to(dtype).unsqueeze(1)).sum(-1) + self.D * x
+        if z is not None:
+            y = y * F.silu(z.to(dtype))
+        return y.to(x.dtype), (window[..., 1:], h)
+
 
 class Mamba(nn.Module):
     """Causal state-space mixer: (B, T, D) -> (B, T, D), in pieces or at once.
@@ -121,7 +145,7 @@ class Mamba(nn.Module):
         return self.ssm.initial_state(batch_size)
 
     def forward(self, x, lengths, state=None):
-        """x (B, T, D), lengths (B,) -> y (B, T, D) and the state after each utterance's length.
+        """x (B, T, D), lengths (B,) or None -> y (B, T, D) and the state after each length.
 
         Without a state none is returned (None), and the faster stateless backends may run.
         """
