@@ -1,0 +1,188 @@
+"""What training.py and inference.py measure: the shipped S2S recipes, and their baselines.
+
+Every model is the recipe's own Brain, built from a shipped YAML file as train_S2S.py builds it.
+The baselines differ from the Conformer's file in one part: the mixer of the encoder, or the whole
+Transformer, which is then SpeechBrain's `TransformerASR` between the same frontend and heads.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from torch import nn
+
+from modules import launch
+from modules.lengths import relative
+from modules.options import top_level
+from train_S2S import ASR
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MODELS = {
+    "conmamba": {"yaml": "conmamba"},
+    "conmambamamba": {"yaml": "conmambamamba"},
+    "conformer-relpos": {"yaml": "conformer", "mixer": "RelPosAttention"},
+    "conformer-rope": {"yaml": "conformer", "mixer": "RoPEAttention"},
+    "speechbrain-relpos": {"yaml": "conformer", "speechbrain": "RelPosMHAXL"},
+    "speechbrain-rope": {"yaml": "conformer", "speechbrain": "RoPEMHA"},
+}
+SIZES = ("large", "small", "tiny")
+
+
+class PassOn(nn.Module):
+    """Stands where the recipe has its encoder: the frontend's output goes on as it is."""
+
+    def forward(self, x, lengths):
+        return x, lengths
+
+
+class SpeechBrainASR(ASR):
+    """The recipe around SpeechBrain's `TransformerASR`."""
+
+    def compute_forward(self, batch, stage):
+        x, lengths = self.encode(batch, stage)
+        tokens, _ = self.tokens(batch, "tokens_bos")
+        memory, y = self.modules.transformer(x, tokens, relative(lengths, x.shape[1]))
+        ctc = self.modules.ctc_head(memory).log_softmax(dim=-1)
+        return ctc, self.modules.seq_head(y).log_softmax(dim=-1), memory, lengths
+
+
+def make_transformer(hparams, attention_type):
+    """SpeechBrain's Conformer and Transformer decoder, of the size of a recipe's hparams."""
+    from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR
+
+    return TransformerASR(
+        tgt_vocab=hparams["output_neurons"],
+        input_size=hparams["cnn_channels_2"] * ((hparams["n_mels"] + 3) // 4),
+        d_model=hparams["d_model"],
+        nhead=hparams["nhead"],
+        num_encoder_layers=hparams["num_encoder_layers"],
+        num_decoder_layers=hparams["num_decoder_layers"],
+        d_ffn=hparams["d_ffn"],
+        dropout=hparams["dropout"],
+        activation=nn.GELU,
+        kernel_size=hparams["kernel_size"],
+        encoder_module="conformer",
+        attention_type=attention_type,
+        normalize_before=True,
+        causal=False,
+    )
+
+
+def recipe_text(model, size):
+    """The YAML file of a model; a baseline's with another mixer in its place."""
+    spec = MODELS[model]
+    path = ROOT / f"hparams/S2S/{spec['yaml']}_{size}.yaml"
+    mixer = spec.get("mixer")
+    if not path.is_file():  # there is no tiny Conformer: the ConMamba's file with attention
+        path = ROOT / f"hparams/S2S/conmamba_{size}.yaml"
+        mixer = mixer or "RelPosAttention"
+    text = path.read_text(encoding="utf-8")
+    if mixer is None or f"modules.attention.{mixer}\n" in text:
+        return text
+    block = (
+        f"    mixer: !name:modules.attention.{mixer}\n"
+        "        num_heads: !ref <nhead>\n        dropout: !ref <dropout>\n"
+    )
+    text, found = re.subn(r"^    mixer: !name:.*\n(?:        .*\n)*", block, text, flags=re.M)
+    assert found == 1, f"{path} has {found} lines with a mixer"
+    return text
+
+
+def recipe_file(model, size, folder):
+    """Write a model's YAML file into a folder."""
+    path = Path(folder) / f"{model}_{size}.yaml"
+    path.write_text(recipe_text(model, size), encoding="utf-8")
+    return path
+
+
+def build(model, size, folder, device, precision="bf16", compile_it=False):
+    """A Brain in training mode, ready for its first batch; augmentation is off.
+
+    A step is an optimizer step. compile_it sets the key `compile` of recipes that have it.
+    """
+    path = recipe_file(model, size, folder)
+    options = {
+        "output_folder": folder,
+        "device": device,
+        "precision": precision,
+        "eval_precision": precision,
+        "grad_accumulation_factor": 1,
+        "fea_augment": "{augment_prob: 0.0}",
+    }
+    if compile_it and "compile" in top_level(path):
+        options["compile"] = True
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    _, hparams, run_opts, _ = launch.start([str(path), *arguments])
+    brain_class, attention_type = ASR, MODELS[model].get("speechbrain")
+    if attention_type is not None:
+        brain_class = SpeechBrainASR
+        names = ("normalize", "frontend", "ctc_head", "seq_head")
+        hparams["modules"] = {name: hparams[name] for name in names}
+        hparams["modules"] |= {
+            "encoder": PassOn(),
+            "transformer": make_transformer(hparams, attention_type),
+        }
+    brain = brain_class(hparams, run_opts)
+    brain.on_fit_start()
+    brain.modules.train()
+    brain.zero_grad()
+    settle(brain)
+    return brain
+
+
+def settle(brain):
+    """Go to where most of a training happens: the features' statistics no longer change."""
+    features = torch.randn(1, 100, brain.hparams.n_mels, device=brain.device)
+    brain.modules.normalize(features, torch.ones(1, device=brain.device), 1)
+    brain.hparams.epoch_counter.current = brain.hparams.normalize_until_epoch
+
+
+def parameters(brain):
+    """Millions."""
+    return sum(p.numel() for p in brain.modules.parameters()) / 1e6
+
+
+def training_step(brain, batch):
+    """What `Brain.fit` does with a batch."""
+    brain.step += 1
+    return brain.fit_batch(batch)
+
+
+def encode(brain, batch):
+    """Waveforms to CTC logits (B, T, V), as a validation does."""
+    with torch.no_grad(), brain.evaluation_ctx:
+        x, lengths = brain.encode(batch, None)
+        if isinstance(brain, SpeechBrainASR):
+            x = brain.modules.transformer.encode(x, relative(lengths, x.shape[1]))
+        return brain.modules.ctc_head(x)
+
+
+def make_batch(brain, number, seconds, tokens_a_second=60 / 16):
+    """Noise of equal length with random tokens, on the brain's device."""
+    hparams = brain.hparams
+    generator = torch.Generator().manual_seed(0)
+    shape = (max(1, round(seconds * tokens_a_second)),)
+    bos, eos = torch.tensor([hparams.bos_index]), torch.tensor([hparams.eos_index])
+    examples = []
+    for i in range(number):
+        # 0, 1 and 2 are blank, bos and eos.
+        ids = torch.randint(3, hparams.output_neurons, shape, generator=generator)
+        examples.append(
+            {
+                "id": f"noise-{i}",
+                "sig": 0.1 * torch.randn(round(seconds * hparams.sample_rate), generator=generator),
+                "wrd": "",
+                "tokens": ids,
+                "tokens_bos": torch.cat([bos, ids]),
+                "tokens_eos": torch.cat([ids, eos]),
+            }
+        )
+    return PaddedBatch(examples).to(brain.device)
+
+
+def batch_size(text):
+    """'32x16' -> (32, 16.0): utterances, seconds each."""
+    number, seconds = text.split("x")
+    return int(number), float(seconds)
