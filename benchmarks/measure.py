@@ -1,6 +1,7 @@
 """What every benchmark shares: time, peak memory, a table, and the JSON line that names the run."""
 
 import gc
+import itertools
 import json
 import os
 import platform
@@ -26,9 +27,8 @@ def commit():
         return result.stdout.strip()
 
     changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-    return (
-        os.environ.get("GIT_COMMIT") or git("rev-parse", "--short", "HEAD") + changed or "unknown"
-    )
+    named = git("rev-parse", "--short", "HEAD")
+    return os.environ.get("GIT_COMMIT") or (named + changed if named else "unknown")
 
 
 def best_device():
@@ -100,14 +100,14 @@ def intervals(call, device, repeats):
         for _ in range(repeats):
             call()
             marks.append(time.perf_counter())
-        return [(b - a) * 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+        return [(b - a) * 1e3 for a, b in itertools.pairwise(marks)]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:
         call()
         mark.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
 def peak_bytes(call, device, above=False):

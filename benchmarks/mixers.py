@@ -28,9 +28,9 @@ from torch.nn import functional as F  # noqa: N812
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import measure  # noqa: E402
-from modules.attention import RelPosAttention, RoPEAttention  # noqa: E402
-from modules.mamba import BiMamba, Mamba  # noqa: E402
+from benchmarks import measure
+from modules.attention import RelPosAttention, RoPEAttention
+from modules.mamba import BiMamba, Mamba
 
 
 class FlashAttention(nn.Module):

@@ -8,6 +8,7 @@ Transformer, which is then SpeechBrain's `TransformerASR` between the same front
 import re
 from pathlib import Path
 
+import speechbrain as sb
 import torch
 from speechbrain.dataio.batch import PaddedBatch
 from torch import nn
@@ -153,7 +154,7 @@ def training_step(brain, batch):
 def encode(brain, batch):
     """Waveforms to CTC logits (B, T, V), as a validation does."""
     with torch.no_grad(), brain.evaluation_ctx:
-        x, lengths = brain.encode(batch, None)
+        x, lengths = brain.encode(batch, sb.Stage.VALID)
         if isinstance(brain, SpeechBrainASR):
             x = brain.modules.transformer.encode(x, relative(lengths, x.shape[1]))
         return brain.modules.ctc_head(x)

@@ -25,8 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import measure  # noqa: E402
-from benchmarks.models import (  # noqa: E402
+from benchmarks import measure
+from benchmarks.models import (
     MODELS,
     SIZES,
     batch_size,
