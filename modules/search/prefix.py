@@ -1,0 +1,107 @@
+"""CTC prefix scores of all next tokens of all hypotheses at once, without a loop over frames.
+
+Watanabe et al. 2017, Hybrid CTC/attention architecture, algorithm 2. Its recursions over frames are
+linear in the probabilities: the score is a matrix product, the state a cumulative sum.
+"""
+
+import torch
+
+from modules.lengths import valid_frames
+
+MINUS_INF = float("-inf")
+LEAST = -700.0  # of a log-probability: its exponential is still a normal float64
+
+
+class CTCPrefixScorer:
+    """log p(g + c, ...) - log p(g, ...) for every token c after each of B x beam prefixes g.
+
+    With n and b the probabilities that the first t frames read as g, ending in g's last token and
+    in blank, and phi = n + b (b alone where c repeats the last token), in logarithms:
+
+        psi(g + c) = sum over t of phi_t(g) p_{t + 1}(c)
+        n_t(g + c) = (n_{t - 1}(g + c) + phi_{t - 1}(g)) p_t(c)
+        b_t(g + c) = (n_{t - 1}(g + c) + b_{t - 1}(g + c)) p_t(blank)
+
+    Only the hypotheses that a search keeps get their n and b. float64 throughout: cumulative sums
+    of log-probabilities reach -1e4, and differences of them are wanted. Where a device has none
+    (MPS) the scorer works on the CPU. Scores are float32, or float64 for float64 input.
+
+    Arguments
+    ---------
+    log_probs (B, T, V), lengths (B,) in frames, at least 1
+    beam_size, blank_index, eos_index : int
+    """
+
+    def __init__(self, log_probs, lengths, beam_size, blank_index, eos_index):
+        self.result_device = log_probs.device
+        self.result_dtype = torch.promote_types(log_probs.dtype, torch.float32)
+        if log_probs.device.type == "mps":
+            log_probs, lengths = log_probs.cpu(), lengths.cpu()
+        batch, frames, self.vocab_size = log_probs.shape
+        self.beam_size, self.blank_index, self.eos_index = beam_size, blank_index, eos_index
+        device = log_probs.device
+        valid = valid_frames(lengths, frames)
+        # Frames last: a token's row over time is then dense, and read again at each step.
+        probs = torch.empty(batch, self.vocab_size, frames, dtype=torch.float64, device=device)
+        probs.copy_(log_probs.transpose(1, 2)).clamp_(min=LEAST).exp_()
+        self.probs = probs.masked_fill_(~valid.unsqueeze(1), 0.0)
+
+        # Rows are hypotheses from here on, utterance by utterance.
+        utterances = torch.arange(batch, device=device).repeat_interleave(beam_size)
+        self.first_row = utterances * self.vocab_size
+        self.valid, self.lengths = valid[utterances], lengths[utterances].unsqueeze(1)
+        blanks = self._log_probs_of(torch.full_like(utterances, blank_index)).cumsum(1)
+        self.blanks = torch.nn.functional.pad(blanks, (1, 0))  # (B x beam, 1 + T)
+
+        # After t = 0 .. T frames, of the empty prefix: only blanks so far.
+        self.blank, self.total = self.blanks.clone(), self.blanks.clone()
+        self.psi = torch.zeros(len(utterances), 1, dtype=torch.float64, device=device)
+        self.last = torch.full_like(utterances, blank_index)
+        self.next_psi = None
+
+    def _log_probs_of(self, tokens):
+        """tokens (B x beam,) -> log-probabilities (B x beam, T) of each; 0 in padding."""
+        rows = self.probs.flatten(0, 1).index_select(0, self.first_row + tokens)
+        return rows.log().masked_fill(~self.valid, 0.0)
+
+    def score(self):
+        """-> (B x beam, V); minus infinity where CTC has no frame left, and for blank."""
+        before = self.total[:, :-1].masked_fill(~self.valid, MINUS_INF)
+        largest = finite(before.amax(1, keepdim=True))
+        weights = (before - largest).exp().unflatten(0, (-1, self.beam_size))
+        psi = torch.bmm(weights, self.probs.transpose(1, 2)).flatten(0, 1).log_().add_(largest)
+        last = self.last.unsqueeze(1)
+        repeated = self.blank[:, :-1] + self._log_probs_of(self.last)
+        repeated = repeated.masked_fill(~self.valid, MINUS_INF).logsumexp(1, keepdim=True)
+        psi.scatter_(1, last, repeated)
+        psi[:, self.eos_index] = self.total.gather(1, self.lengths).squeeze(1)
+        psi[:, self.blank_index] = MINUS_INF
+        self.next_psi = psi
+        scores = psi - finite(self.psi)
+        return scores.to(dtype=self.result_dtype).to(self.result_device)
+
+    def advance(self, predecessors, tokens):
+        """Replace the prefixes by the best extensions: predecessors, tokens (B x beam,).
+
+        In place, after `score`, and never across utterances.
+        """
+        predecessors, tokens = (x.to(self.probs.device) for x in (predecessors, tokens))
+        self.psi.copy_(self.next_psi[predecessors].gather(1, tokens.unsqueeze(1)))
+        repeats = (tokens == self.last[predecessors]).unsqueeze(1)
+        phi = torch.where(repeats, self.blank[predecessors], self.total[predecessors])[:, :-1]
+        log_probs = self._log_probs_of(tokens)
+        sums = log_probs.cumsum(1)
+        nonblank = sums + torch.logcumsumexp(phi - (sums - log_probs), dim=1)
+        nonblank = nonblank.masked_fill(~self.valid, MINUS_INF)
+        # b_t hears of n up to t - 1 frames, and n_0 is none.
+        before = torch.logcumsumexp(nonblank[:, :-1] - self.blanks[:, 1:-1], dim=1)
+        self.blank[:, :2] = MINUS_INF
+        self.blank[:, 2:] = self.blanks[:, 2:] + before
+        self.total[:, :1] = MINUS_INF
+        torch.logaddexp(nonblank, self.blank[:, 1:], out=self.total[:, 1:])
+        self.last.copy_(tokens)
+
+
+def finite(x):
+    """Zero for minus infinity, so that nothing subtracts it from itself."""
+    return x.masked_fill(x == MINUS_INF, 0.0)
