@@ -1,12 +1,13 @@
 # make demo    install, make a small corpus of synthesised speech, train on it, print the error rates
 # make test    install, run the whole test suite on the CPU
+# make bench   time the portable scan in two minutes; fails when it is slow or wasteful
 # make lint    ruff and yamllint
 # make figures redraw figures/ from the code and from measured results
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test bench lint figures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +32,9 @@ demo: $(VENV)/demo.installed
 
 test: $(VENV)/dev.installed
 	$(RUN) -m pytest -m "not slow"
+
+bench: $(VENV)/dev.installed
+	$(RUN) benchmarks/scan.py --check
 
 lint: $(VENV)/dev.installed
 	$(RUN) -m ruff check .

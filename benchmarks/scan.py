@@ -1,6 +1,7 @@
 """Time and peak memory of every selective-scan backend, forward and backward, at one shape.
 
     python benchmarks/scan.py --batch 4 --frames 400 --channels 512 --states 16 --device cpu
+    python benchmarks/scan.py --check    # as `make bench`: fails when chunked is no longer worth it
 
 Prints a table and, as the last line, everything as JSON. Every backend runs in a process of its
 own, so that none inherits another's memory.
@@ -8,7 +9,6 @@ own, so that none inherits another's memory.
 
 import argparse
 import json
-import os
 import platform
 import resource
 import statistics
@@ -19,10 +19,15 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.ops.selective_scan import available_backends, selective_scan  # noqa: E402
+from benchmarks import measure
+from modules.ops.selective_scan import available_backends, selective_scan
+
+# What `--check` asks of chunked against naive. The target is 5 times the speed; the guard is lower
+# because machines that are shared give noisy times.
+MIN_SPEEDUP = 3.0
+MAX_MEMORY_RATIO = 0.25
 
 
 def make_inputs(options):
@@ -67,7 +72,7 @@ def peak_resident_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def measure(options, backend):
+def measure_backend(options, backend):
     """-> milliseconds of every repeat, peak megabytes above the inputs; forward and backward."""
     torch.set_num_threads(options.threads)
     tiny = argparse.Namespace(**{**vars(options), "batch": 1, "frames": 2, "channels": 8})
@@ -119,7 +124,8 @@ def run_all(options, arguments):
         }
     for name, result in results.items():
         result["speedup"] = round(results["naive"]["ms"] / result["ms"], 2)
-        result["memory_ratio"] = round(result["peak_mb"] / results["naive"]["peak_mb"], 3)
+        # A shape may be too small for the system to give a process more memory.
+        result["memory_ratio"] = round(result["peak_mb"] / max(results["naive"]["peak_mb"], 0.1), 3)
         print(
             f"{name:10s} {result['ms']:8.1f} ms {result['peak_mb']:8.1f} MB   "
             f"{result['speedup']:.2f} x the speed and {result['memory_ratio']:.3f} x the memory "
@@ -128,32 +134,22 @@ def run_all(options, arguments):
     return results
 
 
-def describe_run(options):
-    def git(*command):
-        result = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
-        return result.stdout.strip()
-
-    cuda = options.device == "cuda"
-    return {
-        "benchmark": "scan",
-        "commit": git("rev-parse", "--short", "HEAD") or "unknown",
-        "modified": bool(git("status", "--porcelain", "--", "modules/ops", "benchmarks")),
-        "hardware": torch.cuda.get_device_name() if cuda else _cpu_name(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        **{name: value for name, value in vars(options).items() if name != "only"},
-    }
-
-
-def _cpu_name():
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def check(results):
+    """What is wrong with chunked's ratios to naive: a list of sentences, empty when nothing is."""
+    chunked, wrong = results["chunked"], []
+    if chunked["speedup"] < MIN_SPEEDUP:
+        wrong.append(f"chunked has {chunked['speedup']} x the speed of naive, under {MIN_SPEEDUP}")
+    if chunked["memory_ratio"] > MAX_MEMORY_RATIO:
+        wrong.append(
+            f"chunked has {chunked['memory_ratio']} x the memory of naive, over {MAX_MEMORY_RATIO}"
+        )
+    return wrong
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--frames", type=int, default=400)
     parser.add_argument("--channels", type=int, default=512)
@@ -163,6 +159,12 @@ def parse(arguments):
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5, help="a round")
     parser.add_argument("--rounds", type=int, default=3, help="processes a backend, in turns")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help=f"exit with 1 unless chunked has {MIN_SPEEDUP} x the speed of naive and at most "
+        f"{MAX_MEMORY_RATIO} x its memory",
+    )
     parser.add_argument("--only", help="measure one backend in this process")
     return parser.parse_args(arguments)
 
@@ -170,10 +172,17 @@ def parse(arguments):
 def main():
     options = parse(sys.argv[1:])
     if options.only:
-        print(json.dumps(measure(options, options.only)))
+        print(json.dumps(measure_backend(options, options.only)))
         return
     results = run_all(options, sys.argv[1:])
-    print(json.dumps({**describe_run(options), "results": results}))
+    wrong = check(results) if options.check else []
+    for sentence in wrong:
+        print(f"error: {sentence}")
+    rows = [{"backend": name, **result} for name, result in results.items()]
+    left_out = ("device", "only", "check")
+    settings = {name: value for name, value in vars(options).items() if name not in left_out}
+    measure.print_report("scan", options.device, rows, **settings)
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

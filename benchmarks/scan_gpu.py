@@ -2,25 +2,22 @@
 
     python benchmarks/scan_gpu.py
 
-One row a shape, dtype and backend: milliseconds forward, forward and backward (median of events
-around each call), peak memory above the inputs, and the largest error relative to the largest
+One row a shape, dtype and backend: milliseconds forward, forward and backward (median of calls
+that follow each other), peak memory above the inputs, and the largest error relative to the largest
 number, of the result and of the worst gradient, against naive in float64 on a cut of the shape.
 Prints a table and, as the last line, everything as JSON.
 """
 
 import argparse
-import json
-import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.ops.selective_scan import available_backends, selective_scan  # noqa: E402
+from benchmarks import measure
+from modules.ops.selective_scan import available_backends, selective_scan
 
 SHAPES = [(32, 1024, 400), (64, 288, 400), (1, 1024, 45000), (20, 288, 300)]  # B, D, T
 # What every channel and state of a short cut can show, naive in float64 shows in seconds.
@@ -69,21 +66,7 @@ def errors(shape, options, dtype, backend):
     return error(y, y_exact), max(map(error, gradients, exact_gradients))
 
 
-def milliseconds(call, repeats):
-    call()
-    call()  # the first compiles, the second warms the allocator
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def measure(shape, options, dtype, backend):
+def measure_backend(shape, options, dtype, backend):
     inputs = make_inputs(*shape, options.states, dtype, options.gate)
     dy = torch.randn_like(inputs["u"])
 
@@ -91,16 +74,17 @@ def measure(shape, options, dtype, backend):
         with torch.no_grad():
             selective_scan(**inputs, dt_softplus=True, backend=backend)
 
-    repeats = options.repeats if backend != "chunked" else max(options.repeats // 10, 3)
+    def forward_backward():
+        run(inputs, backend, dy)
+
+    def milliseconds(call):
+        return measure.time_calls(call, "cuda", options.repeats, limit=options.limit)["ms"]
+
     result = {
-        "forward_ms": milliseconds(forward, repeats),
-        "forward_backward_ms": milliseconds(lambda: run(inputs, backend, dy), repeats),
+        "forward_ms": milliseconds(forward),
+        "forward_backward_ms": milliseconds(forward_backward),
+        "peak_mb": measure.peak_bytes(forward_backward, "cuda", above=True) / 1e6,
     }
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run(inputs, backend, dy)
-    result["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
     result["error"], result["gradient_error"] = errors(shape, options, dtype, backend)
     return result
 
@@ -109,7 +93,8 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--states", type=int, default=16)
     parser.add_argument("--gate", action="store_true", help="with z, as in Mamba; BiMamba has none")
-    parser.add_argument("--repeats", type=int, default=50, help="a tenth of it for chunked")
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--limit", type=float, default=1.0, help="seconds a timing may take")
     parser.add_argument("--backends", nargs="+", default=["triton", "mamba_ssm", "chunked"])
     return parser.parse_args()
 
@@ -124,7 +109,7 @@ def main():
                     continue
                 row = dict(zip(("batch", "channels", "frames"), shape, strict=True))
                 row |= {"dtype": str(dtype).removeprefix("torch."), "backend": backend}
-                row |= measure(shape, options, dtype, backend)
+                row |= measure_backend(shape, options, dtype, backend)
                 rows.append(row)
                 print(
                     f"B {shape[0]:3d} D {shape[1]:5d} T {shape[2]:6d} {row['dtype']:8s} "
@@ -133,17 +118,7 @@ def main():
                     f"error {row['error']:.1e}, of gradients {row['gradient_error']:.1e}",
                     flush=True,
                 )
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    report = {
-        "benchmark": "scan_gpu",
-        "commit": commit,
-        "hardware": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        **vars(options),
-        "rows": rows,
-    }
-    print(json.dumps(report))
+    measure.print_report("scan_gpu", "cuda", rows, **vars(options))
 
 
 if __name__ == "__main__":
