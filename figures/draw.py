@@ -1,6 +1,6 @@
-"""Draw the figures: the architecture from the code, error rates from measured results.
+"""Draw the figures: the architecture from the code, error rates and speed from measured results.
 
-python figures/draw.py            # as `make figures`: architecture.svg and results.svg
+python figures/draw.py            # as `make figures`: what docs/*.json hold results for
 python figures/draw.py --output /tmp/look --format png
 """
 
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from figures.architecture import INK, draw_architecture  # noqa: E402
+from figures.performance import draw_decoding, draw_lengths  # noqa: E402
 
 STYLE = {
     "svg.fonttype": "none",  # text stays text: small, searchable, and testable
@@ -67,6 +68,14 @@ def draw_results(results):
     return figure
 
 
+def read(path):
+    """The list in a JSON file; an empty one when it is missing."""
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    print(f"{path} is missing")
+    return []
+
+
 def save(figure, path):
     """Write a figure without anything that changes from one drawing to the next."""
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -77,16 +86,30 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "figures", help="the folder to fill")
     parser.add_argument("--results", type=Path, default=ROOT / "docs/results.json")
+    parser.add_argument(
+        "--performance",
+        type=Path,
+        default=ROOT / "docs/performance.json",
+        help="a list of the JSON lines that the benchmarks end with",
+    )
     parser.add_argument("--format", choices=("svg", "png"), default="svg")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
+    results, performance = read(arguments.results), read(arguments.performance)
+    figures = {
+        "architecture": draw_architecture,
+        "results": lambda: draw_results(results) if results else None,
+        "lengths": lambda: draw_lengths(performance),
+        "decoding": lambda: draw_decoding(performance),
+    }
     with plt.rc_context(STYLE):
-        save(draw_architecture(), arguments.output / f"architecture.{arguments.format}")
-        if arguments.results.is_file():
-            results = json.loads(arguments.results.read_text(encoding="utf-8"))
-            save(draw_results(results), arguments.output / f"results.{arguments.format}")
-        else:
-            print(f"{arguments.results} is missing: results.{arguments.format} is not drawn")
+        for name, draw in figures.items():
+            path = arguments.output / f"{name}.{arguments.format}"
+            figure = draw()
+            if figure is None:
+                print(f"{path.name} is not drawn: there are no results for it")
+            else:
+                save(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""Every benchmark runs on the CPU at tiny sizes, and ends with a JSON line that tells all rows."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import measure
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(script, *arguments):
+    """What a command prints, and its exit status."""
+    command = [sys.executable, f"benchmarks/{script}", *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
+    return done.stdout.splitlines(), done.returncode
+
+
+def report_of(printed, benchmark):
+    report = json.loads(printed[-1])
+    assert report["benchmark"] == benchmark
+    assert {"commit", "device", "torch", "rows"} <= report.keys()
+    assert not [row for row in report["rows"] if "error" in row]
+    return report
+
+
+def test_mixers():
+    names = ["BiMamba", "Mamba", "RelPos", "RoPE", "speechbrain-relpos", "speechbrain-rope",
+             "flash-attention"]  # fmt: skip
+    printed, _ = run("mixers.py", "--device=cpu", "--d_model=32", "--num_heads=4",
+                     "--shapes", "2x20", "1x30", "--repeats=1", "--limit=0.1")  # fmt: skip
+    rows = report_of(printed, "mixers")["rows"]
+    assert [row["mixer"] for row in rows] == 2 * names
+    assert all(row["forward_ms"] > 0 and row["forward_backward_ms"] > 0 for row in rows)
+    assert len(printed) == 2 + len(rows)
+
+
+def test_training(tmp_path):
+    models = ["conmamba", "conformer-rope", "speechbrain-relpos"]
+    printed, _ = run("training.py", "--device=cpu", "--sizes=tiny", "--batches", "2x1",
+                     "--models", *models, "--steps=1", "--limit=0.1", "--compile",
+                     "--profile", tmp_path / "profile.txt")  # fmt: skip
+    rows = report_of(printed, "training")["rows"]
+    assert [row["model"] for row in rows] == models
+    assert all(row["batch"] == "2x1" and row["audio_s_per_s"] > 0 for row in rows)
+    assert "aten::" in (tmp_path / "profile.txt").read_text()
+
+
+def test_inference():
+    printed, _ = run("inference.py", "--device=cpu", "--sizes=tiny", "--batch=2x1", "--hour=3",
+                     "--lengths", "1", "2", "--total=2", "--repeats=1", "--limit=0.1",
+                     "--models", "conmamba", "conmambamamba", "conformer-relpos")  # fmt: skip
+    rows = report_of(printed, "inference")["rows"]
+    assert [(row["part"], row["batch"]) for row in rows] == [
+        ("batch", "2x1"), ("hour", "1x3"), ("hour", "1x3"), ("hour", "1x3"),
+        ("lengths", "2x1"), ("lengths", "1x2"),
+        ("batch", "2x1"), ("lengths", "2x1"), ("lengths", "1x2"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading(workers):
+    printed, _ = run("loading.py", "--device=cpu", "--synthetic=2", "--steps=1", "--warm_up=1",
+                     "--recipe=hparams/S2S/conmamba_tiny.yaml", f"--num_workers={workers}",
+                     "--max_batch_length_train=16")  # fmt: skip
+    rows = report_of(printed, "loading")["rows"]
+    assert [row["what"] for row in rows] == [
+        "from disk", "bare step", "bare step, no augmentation",
+    ]  # fmt: skip
+    assert rows[0]["share"] == 1 and all(row["steps"] == 1 for row in rows)
+
+
+def test_scan_check_fails_by_its_exit_status():
+    """At so small a shape chunked saves no memory, or no time."""
+    printed, status = run("scan.py", "--check", "--batch=1", "--frames=4", "--channels=8",
+                          "--states=2", "--rounds=1", "--repeats=1", "--threads=1")  # fmt: skip
+    rows = report_of(printed, "scan")["rows"]
+    assert {row["backend"] for row in rows} >= {"chunked", "naive"}
+    assert status == any(line.startswith("error: chunked") for line in printed)
+
+
+def test_a_failed_row_tells_why(capsys):
+    def fail(text):
+        raise ValueError(f"{text}\nmore")
+
+    row = measure.attempt(fail, "no such layer")
+    table = measure.Table({"name": "<8", "ms": ">9.2f", "gb": ">5.1f"})
+    table.add({"name": "one", "ms": 1.234})
+    table.add({"name": "two", **row})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["one", "1.23", "-"]
+    assert lines[2].split(maxsplit=1) == ["two", "ValueError: no such layer"]
+
+
+def test_help_shows_how_to_run():
+    """`--help` prints a script's docstring."""
+    for script in ("mixers", "training", "inference", "loading", "scan"):
+        text = (ROOT / f"benchmarks/{script}.py").read_text()
+        assert f"python benchmarks/{script}.py --" in ast.get_docstring(ast.parse(text))
+        assert "description=__doc__," in text
+
+
+REPORTS = [
+    {"benchmark": "inference", "rows": [
+        {"part": "lengths", "model": model, "seconds": s, "ms": s * slope, "peak_gb": slope}
+        for model, slope in (("conmamba", 1), ("conformer-relpos", 2)) for s in (2, 4, 8)
+    ]},
+    {"benchmark": "inference", "rows": [{"part": "hour", "model": "conmamba", "ms": 1.0}]},
+    {"benchmark": "decoding", "rows": [
+        {"model": "Mamba decoder", "tokens": 10, "ms": 1.0},
+        {"model": "Mamba decoder", "tokens": 20, "ms": 2.0},
+        {"model": "Transformer decoder", "error": "OutOfMemoryError"},
+    ]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("count, drawn", [(0, []), (2, ["lengths"]), (3, ["decoding", "lengths"])])
+def test_figures_of_what_was_measured(tmp_path, count, drawn):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "performance.json").write_text(json.dumps(REPORTS[:count]))
+    command = [sys.executable, "figures/draw.py", "--output", tmp_path / "out",
+               "--performance", tmp_path / "performance.json"]  # fmt: skip
+    subprocess.run(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, check=True)
+    found = {path.stem: path for path in (tmp_path / "out").iterdir()}
+    assert sorted(found.keys() - {"architecture", "results"}) == drawn
+    if "lengths" in found:
+        text = " | ".join(re.findall(r"<text[^>]*>([^<]*)</text>", found["lengths"].read_text()))
+        for word in ("ConMamba", "Conformer, relative positions", "peak memory, GB"):
+            assert word in text
