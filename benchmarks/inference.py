@@ -138,7 +138,7 @@ def parse():
         "--total", type=float, default=512, help="seconds of audio, of every length"
     )
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--limit", type=float, default=2.0, help="seconds a row's repeats may take")
+    parser.add_argument("--limit", type=float, default=1.0, help="seconds a row's repeats may take")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--device", default=measure.best_device())
     parser.add_argument("--compile", action="store_true", help="for recipes with the key `compile`")

@@ -136,7 +136,7 @@ def release():
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # compiled code keeps its constants
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        attempt(torch.cuda.empty_cache)  # after a kernel has failed, this fails too
 
 
 def attempt(function, *arguments):

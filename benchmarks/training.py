@@ -67,25 +67,25 @@ def measure_model(model, size, options):
             row["parameters_m"] = round(parameters(brain), 1)
             yield row | measure.attempt(measure_step, brain, number, seconds, options)
             if options.profile:
-                batch = make_batch(brain, number, seconds)
-                write_profile(options, lambda: training_step(brain, batch))  # noqa: B023
+                failed = measure.attempt(write_profile, brain, number, seconds, options)
+                print(failed["error"] if failed else f"profile: {options.profile}")
                 options.profile = None  # the first model's first batch is enough
 
 
-def write_profile(options, step, steps=3, rows=40):
+def write_profile(brain, number, seconds, options, rows=40):
     """torch.profiler's table of a few steps, the costliest operators first."""
     from torch.profiler import ProfilerActivity, profile
 
+    batch, steps = make_batch(brain, number, seconds), min(options.steps, 3)
     cuda = torch.device(options.device).type == "cuda"
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with profile(activities=kinds) as profiler:
         for _ in range(steps):
-            step()
+            training_step(brain, batch)
         measure.synchronize(options.device)
     order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
     text = profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=90)
     Path(options.profile).write_text(f"{steps} steps\n{text}\n", encoding="utf-8")
-    print(f"profile of {steps} steps: {options.profile}")
 
 
 def parse():
@@ -97,8 +97,8 @@ def parse():
     parser.add_argument(
         "--batches", nargs="+", type=batch_size, default=[(32, 16.0), (100, 5.0)], metavar="NxS"
     )
-    parser.add_argument("--steps", type=int, default=10, help="timed, after three to warm up")
-    parser.add_argument("--limit", type=float, default=3.0, help="seconds a row's timed steps take")
+    parser.add_argument("--steps", type=int, default=8, help="timed, after four to warm up")
+    parser.add_argument("--limit", type=float, default=2.0, help="seconds a row's timed steps take")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--device", default=measure.best_device())
     parser.add_argument("--compile", action="store_true", help="for recipes with the key `compile`")
