@@ -1,25 +1,28 @@
-"""Joint CTC/attention beam search: SpeechBrain's searcher over a decoder with carried state.
-
-What it adds to `S2SBeamSearcher`: the memory is read once, each utterance has limits of its own
-length (SpeechBrain's come from the padded batch), and no blocked candidate ever wins or counts.
-"""
+"""Joint CTC/attention beam search over a decoder with carried state."""
 
 import torch
-from speechbrain.decoders.scorer import CTCScorer, ScorerBuilder, TransformerLMScorer
-from speechbrain.decoders.seq2seq import S2SBeamSearcher
+from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from modules.decoder import select_hypotheses
-from modules.lengths import relative, zero_padding
+from modules.lengths import zero_padding
+from modules.search import graph
+from modules.search.beams import Beams
+from modules.search.language import PrefixLanguageModel
+from modules.search.prefix import CTCPrefixScorer
+from modules.search.step import TokenStep
 
 
-class JointBeamSearch(S2SBeamSearcher):
+class JointBeamSearch(nn.Module):
     """Beam search over (1 - ctc_weight) decoder + ctc_weight CTC + LM weight x LM, a sum of logs.
 
-    The CTC term is the prefix score of Watanabe et al. 2017 (Hybrid CTC/attention, algorithm 2).
-    The decoder reads each utterance's memory once; after that it advances by one token a step.
+    The CTC term is the prefix score of Watanabe et al. 2017 (Hybrid CTC/attention, algorithm 2),
+    of every token. The decoder reads each utterance's memory once; after that it advances by one
+    token a step. Hypotheses live on the device, which is asked only now and then whether they are
+    finished. On CUDA the steps of a decoder of constant state are one graph.
     Modules are shared, not copied: the searcher stands beside them in a YAML file and belongs in
-    no checkpoint. One search at a time: as in SpeechBrain, the object holds the running search.
+    no checkpoint. An utterance's search ends with `beam_size` finished hypotheses, or when none
+    is left.
 
     Arguments
     ---------
@@ -29,8 +32,8 @@ class JointBeamSearch(S2SBeamSearcher):
     ctc_head : torch.nn.Linear or None
         Memory -> logits over the same vocabulary; needed when ctc_weight > 0.
     bos_index, eos_index, blank_index : int
-        Three different tokens; bos and blank are never part of a hypothesis. SpeechBrain's prefix
-        score wants blank_index 0.
+        Three different tokens; bos and blank are never part of a hypothesis. Blank is 0, which
+        SpeechBrain's language models read as padding.
     beam_size : int
         Hypotheses kept an utterance; 1 is greedy search.
     ctc_weight : float
@@ -84,21 +87,14 @@ class JointBeamSearch(S2SBeamSearcher):
                 f"min_decode_ratio={min_decode_ratio}, max_decode_ratio={max_decode_ratio}: "
                 "use 0 <= min <= max"
             )
-        scorers = [CTCScorer(ctc_head, blank_index, eos_index)] if ctc_weight else []
-        super().__init__(
-            bos_index,
-            eos_index,
-            min_decode_ratio,
-            max_decode_ratio,
-            beam_size,
-            scorer=ScorerBuilder({"ctc": ctc_weight}, scorers) if scorers else None,
-            length_normalization=length_normalization,
-            using_eos_threshold=using_eos_threshold,
-            eos_threshold=eos_threshold,
-        )
+        super().__init__()
         self.decoder, self.head, self.ctc_head = decoder, head, ctc_head
-        self.blank_index, self.temperature = blank_index, temperature
-        self.ctc_scorers = scorers
+        self.bos_index, self.eos_index, self.blank_index = bos_index, eos_index, blank_index
+        self.beam_size, self.ctc_weight, self.temperature = beam_size, ctc_weight, temperature
+        self.min_decode_ratio, self.max_decode_ratio = min_decode_ratio, max_decode_ratio
+        self.length_normalization = length_normalization
+        self.using_eos_threshold, self.eos_threshold = using_eos_threshold, eos_threshold
+        self.language_model = None
 
     def use_language_model(self, lm, weight, temperature=1.0):
         """Add a language model over the same tokens, in place of an earlier one.
@@ -106,13 +102,8 @@ class JointBeamSearch(S2SBeamSearcher):
         lm: SpeechBrain's `TransformerLM`, tokens (B, U) -> logits (B, U, V), put in eval mode here.
         Its log-probabilities, of logits divided by `temperature`, count `weight` times.
         """
-        self.language_model = lm
-        weights = {"transformerlm": weight}
-        if self.ctc_scorers:
-            weights = {"ctc": self.ctc_weight, **weights}
-        self.scorer = ScorerBuilder(
-            weights, [*self.ctc_scorers, TransformerLMScorer(lm, temperature)]
-        )
+        self.language_model = lm.eval()
+        self.lm_weight, self.lm_temperature = weight, temperature
 
     @torch.no_grad()
     def forward(self, memory, lengths):
@@ -121,124 +112,58 @@ class JointBeamSearch(S2SBeamSearcher):
         memory (B, T, D), lengths (B,) in frames, 0 allowed -> hypotheses, B lists of token ids
         without bos and eos; scores, B floats: the winner's sum, or its mean a token.
         """
-        memory = zero_padding(memory, lengths)[:, : int(lengths.max())]
-        if memory.shape[1] == 0:
-            memory = F.pad(memory, (0, 0, 0, 1))
+        with graph.side_stream(memory.device):
+            frames, max_tokens = self.sizes(lengths)
+            step = self.begin(memory, lengths, frames, max_tokens)
+            graph.run(step, max_tokens)
+            return step.beams.best()
+
+    def limits(self, lengths):
+        """Fewest and most tokens of each utterance, eos not counted: lengths (B,) -> (B,), (B,)."""
         most = (lengths * self.max_decode_ratio).long()
-        if self.ctc_scorers:
+        if self.ctc_weight:
             most = torch.minimum(most, lengths)
-        fewest = torch.minimum((lengths * self.min_decode_ratio).long(), most)
-        self.fewest_tokens = fewest.repeat_interleave(self.beam_size)
-        self.most_tokens = most.repeat_interleave(self.beam_size)
+        return torch.minimum((lengths * self.min_decode_ratio).long(), most), most
+
+    def sizes(self, lengths):
+        """-> frames of the longest utterance and tokens of the longest search, eos counted."""
+        _, most = self.limits(lengths)
+        frames, tokens = torch.stack([lengths.max(), most.max()]).tolist()
+        return frames, tokens + 1
+
+    def begin(self, memory, lengths, frames, max_tokens):
+        """Read the memory: the search's `TokenStep`. `frames` and `max_tokens` are its sizes."""
+        memory = zero_padding(memory, lengths)[:, :frames]
+        if frames == 0:
+            memory = F.pad(memory, (0, 0, 0, 1))
+        fewest, most = self.limits(lengths)
         # An empty utterance is read as one frame of zeros and may only end.
-        lengths = relative(lengths.clamp(min=1), memory.shape[1])
-        hypotheses, _, scores, _ = super().forward(memory, lengths)
-        return hypotheses, scores.tolist()
+        lengths = lengths.clamp(min=1)
 
-    def set_n_out(self):
-        return self.head.out_features
-
-    def change_max_decoding_length(self, min_decode_steps, max_decode_steps):
-        """Run until the longest limit and its eos; `_set_eos_minus_inf_step` holds each limit."""
-        return 0, int(self.most_tokens.max()) + 1
-
-    def _update_reset_memory(self, enc_states, enc_lens):
-        """Read the memory once an utterance, then share the state out to the beams."""
-        _, scorer_memory = super()._update_reset_memory(enc_states, enc_lens)
-        beams = torch.arange(self.batch_size, device=self.device).repeat_interleave(self.beam_size)
-        state = select_hypotheses(self.decoder.start(enc_states, enc_lens), beams)
-        return (state, state), scorer_memory
-
-    def reset_mem(self, batch_size, device):
-        """The decoder's state needs the memory: see `_update_reset_memory`."""
-        return None
-
-    def forward_step(self, inp_tokens, memory, enc_states, enc_lens):
-        """inp_tokens (B x beams,), memory -> log-probabilities (B x beams, V), memory, None."""
-        state, start = memory
-        x, state = self.decoder.advance(inp_tokens.unsqueeze(1), state)
-        logits = self.head(x[:, 0]) / self.temperature
-        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        log_probs[:, [self.blank_index, self.bos_index]] = self.minus_inf
-        return log_probs, (state, start), None
-
-    def permute_mem(self, memory, index):
-        """Give each surviving hypothesis, index (B x beams,), its predecessor's state."""
-        state, start = memory
-        return reorder(state, start, index), start
-
-    def _set_eos_minus_inf_step(self, log_probs, step, min_decode_steps):
-        """Hold each utterance to its own limits, where SpeechBrain takes the padded batch's."""
-        self.may_end = step >= self.fewest_tokens
-        end = log_probs[:, self.eos_index].clone()
-        log_probs = log_probs.masked_fill((step >= self.most_tokens).unsqueeze(1), self.minus_inf)
-        log_probs[:, self.eos_index] = end
-        return log_probs
-
-    def _eos_threshold_step(self, log_probs):
-        if self.using_eos_threshold:
-            self.may_end &= self._check_eos_threshold(log_probs)
-        return log_probs
-
-    def _check_eos_threshold(self, log_probs):
-        """A sure eos has log-probability 0, which fails SpeechBrain's 0 > eos_threshold x 0."""
-        best = log_probs.argmax(dim=-1) == self.eos_index
-        return best | super()._check_eos_threshold(log_probs)
-
-    def _scorer_step(self, inp_tokens, scorer_memory, attn, log_probs):
-        """Add the scorers, then block eos where it may not come yet.
-
-        A hypothesis that can take no other token may always end: it is at its limit, or CTC has no
-        frame left for one.
-        """
-        log_probs, scorer_memory = super()._scorer_step(inp_tokens, scorer_memory, attn, log_probs)
-        end = log_probs[:, self.eos_index].clone()
-        log_probs[:, self.eos_index] = self.minus_inf
-        stuck = ~self._is_live(log_probs).any(dim=1)
-        log_probs[:, self.eos_index] = end.masked_fill(~(self.may_end | stuck), self.minus_inf)
-        return log_probs, scorer_memory
-
-    def _is_live(self, scores):
-        """Tell scores from sums that hold a blocked token: those are under -1e20 / tokens."""
-        return scores > self.minus_inf * 1e-10
-
-    def _update_hyps_and_scores_if_eos_token(
-        self, inp_tokens, alived_hyps, eos_hyps_and_log_probs_scores, scores
-    ):
-        """Finish live hypotheses only: with few live ones, blocked ones fill the beam."""
-        live = torch.where(self._is_live(scores), inp_tokens, self.bos_index)
-        super()._update_hyps_and_scores_if_eos_token(
-            live, alived_hyps, eos_hyps_and_log_probs_scores, scores
+        rows = torch.arange(len(memory), device=memory.device).repeat_interleave(self.beam_size)
+        beams = Beams(
+            len(memory),
+            self.beam_size,
+            max_tokens,
+            self.bos_index,
+            self.eos_index,
+            self.length_normalization,
+            memory.device,
+            torch.promote_types(memory.dtype, torch.float32),
         )
-        return inp_tokens == self.eos_index
+        # Read once an utterance, then shared out to its beams.
+        state = select_hypotheses(self.decoder.start(memory, lengths), rows)
+        ctc = self.start_ctc(memory, lengths) if self.ctc_weight else None
+        language_model = None
+        if self.language_model is not None:
+            language_model = PrefixLanguageModel(
+                self.language_model, self.lm_weight, self.lm_temperature
+            )
+        return TokenStep(self, beams, state, ctc, language_model, fewest[rows], most[rows])
 
-    def _check_end_condition(self, alived_hyps):
-        return not self._is_live(alived_hyps.sequence_scores).any()
-
-    def _fill_alived_hyps_with_eos_token(self, alived_hyps, eos_hyps_and_log_probs_scores, scores):
-        """Fill each list up to the beam size with empty hypotheses that never win.
-
-        All live ones have ended, as the last step allows nothing but eos.
-        """
-        filler = (
-            alived_hyps.alived_seq.new_full((1,), self.eos_index),
-            alived_hyps.alived_log_probs.new_zeros(1),
-            scores.new_tensor(float("-inf")),
+    def start_ctc(self, memory, lengths):
+        logits = self.ctc_head(memory)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return CTCPrefixScorer(
+            logits.log_softmax(-1), lengths, self.beam_size, self.blank_index, self.eos_index
         )
-        return [
-            finished + [filler] * (self.beam_size - len(finished))
-            for finished in eos_hyps_and_log_probs_scores
-        ]
-
-
-def reorder(state, start, index):
-    """`select_hypotheses`, leaving alone what no step has replaced since the `start` state.
-
-    Such tensors (a Transformer's keys and values of the memory) depend on the utterance alone, so
-    they are equal in all of its beams and `index` never leads out of an utterance.
-    """
-    if state is start:
-        return state
-    if isinstance(state, tuple | list):
-        return type(state)(reorder(a, b, index) for a, b in zip(state, start, strict=True))
-    return select_hypotheses(state, index)

@@ -59,7 +59,7 @@ class Beams:
         sums = self.scores.unsqueeze(2) + log_probs.unflatten(0, (-1, self.beam_size))
         count = self.step + 1 if self.length_normalization else 1
         scores = (sums / count).flatten(1)
-        scores = scores.where(scores > LEAST, MINUS_INF)
+        scores.masked_fill_(~(scores > LEAST), MINUS_INF)  # NaN too
         scores, candidates = scores.topk(self.beam_size, dim=1)
         rows = self.first_row + candidates // vocab_size
         tokens = candidates % vocab_size
@@ -78,7 +78,8 @@ class Beams:
     def _finish(self, ends, scores):
         """Take note of hypotheses that end now: ends (B, beam) bool, scores (B, beam)."""
         order = self.num_finished + ends.cumsum(1)
-        score, place = scores.where(ends & (order <= self.beam_size), MINUS_INF).max(1)
+        heard = ends & (order <= self.beam_size)
+        score, place = scores.masked_fill(~heard, MINUS_INF).max(1)
         better = score > self.best_score
         self.best_score.copy_(torch.where(better, score, self.best_score))
         row = self.first_row.squeeze(1) + place

@@ -74,8 +74,8 @@ class CTCPrefixScorer:
         repeated = self.blank[:, :-1] + self._log_probs_of(self.last)
         repeated = repeated.masked_fill(~self.valid, MINUS_INF).logsumexp(1, keepdim=True)
         psi.scatter_(1, last, repeated)
-        psi[:, self.eos_index] = self.total.gather(1, self.lengths).squeeze(1)
-        psi[:, self.blank_index] = MINUS_INF
+        psi[:, self.eos_index].copy_(self.total.gather(1, self.lengths).squeeze(1))
+        psi[:, self.blank_index].fill_(MINUS_INF)
         self.next_psi = psi
         scores = psi - finite(self.psi)
         return scores.to(dtype=self.result_dtype).to(self.result_device)
@@ -86,18 +86,21 @@ class CTCPrefixScorer:
         In place, after `score`, and never across utterances.
         """
         predecessors, tokens = (x.to(self.probs.device) for x in (predecessors, tokens))
-        self.psi.copy_(self.next_psi[predecessors].gather(1, tokens.unsqueeze(1)))
-        repeats = (tokens == self.last[predecessors]).unsqueeze(1)
-        phi = torch.where(repeats, self.blank[predecessors], self.total[predecessors])[:, :-1]
+        psi = self.next_psi.flatten().index_select(0, predecessors * self.vocab_size + tokens)
+        self.psi.copy_(psi.unsqueeze(1))
+        last, blank, total = (
+            x.index_select(0, predecessors) for x in (self.last, self.blank, self.total)
+        )
+        phi = torch.where((tokens == last).unsqueeze(1), blank, total)[:, :-1]
         log_probs = self._log_probs_of(tokens)
         sums = log_probs.cumsum(1)
         nonblank = sums + torch.logcumsumexp(phi - (sums - log_probs), dim=1)
         nonblank = nonblank.masked_fill(~self.valid, MINUS_INF)
         # b_t hears of n up to t - 1 frames, and n_0 is none.
         before = torch.logcumsumexp(nonblank[:, :-1] - self.blanks[:, 1:-1], dim=1)
-        self.blank[:, :2] = MINUS_INF
-        self.blank[:, 2:] = self.blanks[:, 2:] + before
-        self.total[:, :1] = MINUS_INF
+        self.blank[:, :2].fill_(MINUS_INF)
+        torch.add(self.blanks[:, 2:], before, out=self.blank[:, 2:])
+        self.total[:, :1].fill_(MINUS_INF)
         torch.logaddexp(nonblank, self.blank[:, 1:], out=self.total[:, 1:])
         self.last.copy_(tokens)
 

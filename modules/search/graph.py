@@ -1,0 +1,106 @@
+"""CUDA graph of a search's step: one launch a token in place of hundreds.
+
+A step on a GPU is bound by its launches, each of a few microseconds of work. Where nothing changes
+shape from token to token, the second token's kernels are recorded and then replayed
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+"""
+
+import contextlib
+import threading
+
+import torch
+
+CHECK_EVERY = 8  # tokens between two questions to a CUDA device whether the search is over
+_capturing = threading.Lock()
+
+
+class _Thread(threading.local):
+    """What a thread keeps from search to search: streams, and graphs whose memory is used again."""
+
+    def __init__(self):
+        self.streams, self.graphs = {}, {}
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def side_stream(device):
+    """Run on a stream that can be captured: always the same one, as each costs a workspace."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        stream = _thread.streams.setdefault(torch.cuda.current_device(), torch.cuda.Stream())
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+def run(step, max_tokens):
+    """Call `step`, a `TokenStep`, until its search is over; inside `side_stream`."""
+    cuda = step.beams.tokens.is_cuda
+    replay = step
+    for token in range(max_tokens):
+        if token == 1 and cuda and capturable(step):
+            replay = capture(step)
+        replay()
+        if (not cuda or (token + 1) % CHECK_EVERY == 0) and bool(step.beams.done()):
+            break
+
+
+def capturable(step):
+    """Whether the step after the first one, which has run, has the same shapes."""
+    return (
+        step.language_model is None
+        and not step.search.decoder.training
+        and shapes(step.state) == shapes(step.start)
+    )
+
+
+def capture(step):
+    """Record a step that writes over its own state -> a function that runs it.
+
+    The first token has warmed up the libraries, on this stream. Under autocast it has also made
+    the cached weights of low precision, which live until autocast ends, so longer than the graph
+    is replayed. What a graph leaves behind it is kept until the next one is there to use it.
+    """
+    device = torch.cuda.current_device()
+    graph, former = torch.cuda.CUDAGraph(), _thread.graphs.get(device)
+    pool = () if former is None else (former.pool(),)
+    # Other threads, of a data loader for instance, may allocate meanwhile. `torch.cuda.graph`
+    # would also empty the allocator's cache, to be filled again by every search.
+    with _capturing:
+        graph.capture_begin(*pool, capture_error_mode="thread_local")
+        try:
+            write_back(step)
+        finally:
+            graph.capture_end()
+    _thread.graphs[device] = graph
+    return graph.replay
+
+
+def write_back(step):
+    """One step in fixed memory: the new state, reordered, goes where the old one lies."""
+    state, predecessors = step.extend()
+    overwrite(step.state, state, predecessors)
+
+
+def overwrite(target, state, index):
+    """As `select_hypotheses`, into `target`."""
+    if isinstance(state, torch.Tensor):
+        if state.dim() == 0:
+            target.copy_(state)
+        elif state is not target:
+            torch.index_select(state, 0, index, out=target)
+    else:
+        for a, b in zip(target, state, strict=True):
+            overwrite(a, b, index)
+
+
+def shapes(state):
+    """Shapes of all tensors in a nested state."""
+    if isinstance(state, torch.Tensor):
+        return state.shape
+    return [shapes(part) for part in state]
