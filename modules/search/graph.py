@@ -31,7 +31,10 @@ def side_stream(device):
         yield
         return
     with torch.cuda.device(device):
-        stream = _thread.streams.setdefault(torch.cuda.current_device(), torch.cuda.Stream())
+        index = torch.cuda.current_device()
+        if index not in _thread.streams:
+            _thread.streams[index] = torch.cuda.Stream()
+        stream = _thread.streams[index]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             yield
