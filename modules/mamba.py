@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the field's name
 
 from modules.ops.causal_conv1d import causal_conv1d
+from modules.ops.mamba_step import conv_step, scan_step
 from modules.ops.selective_scan import selective_scan
 
 
@@ -106,18 +107,11 @@ class SelectiveSSM(nn.Module):
         Numbers are those of `forward`: the state space is float32, float64 for float64 input.
         """
         conv_state, h = state
-        window = torch.cat([conv_state.to(x.dtype), x.unsqueeze(-1)], dim=-1)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x = (window.to(dtype) * self.conv1d.weight.squeeze(1)).sum(-1) + self.conv1d.bias
-        x = F.silu(x).to(window.dtype)
+        x, conv_state = conv_step(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = F.softplus(F.linear(dt, self.dt_proj.weight).to(dtype) + self.dt_proj.bias)
-        decay = torch.exp(dt.unsqueeze(-1) * -torch.exp(self.A_log))
-        h = decay * h + (dt * x).unsqueeze(-1) * B.to(dtype).unsqueeze(1)
-        y = (h * C.to(dtype).unsqueeze(1)).sum(-1) + self.D * x
-        if z is not None:
-            y = y * F.silu(z.to(dtype))
-        return y.to(x.dtype), (window[..., 1:], h)
+        dt = F.linear(dt, self.dt_proj.weight)
+        y, h = scan_step(x, dt, self.A_log, B, C, self.D, z, self.dt_proj.bias, h)
+        return y, (conv_state, h)
 
 
 class Mamba(nn.Module):

@@ -1,7 +1,7 @@
 """CUDA graph of a search's step: one launch a token in place of hundreds.
 
 A step on a GPU is bound by its launches, each of a few microseconds of work. Where nothing changes
-shape from token to token, the second token's kernels are recorded and then replayed
+shape from token to token, the third token's kernels are recorded and then replayed
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 """
 
@@ -10,6 +10,7 @@ import threading
 
 import torch
 
+WARM_UP = 2  # tokens: after the first one states have the types that they keep
 CHECK_EVERY = 8  # tokens between two questions to a CUDA device whether the search is over
 _capturing = threading.Lock()
 
@@ -46,7 +47,7 @@ def run(step, max_tokens):
     cuda = step.beams.tokens.is_cuda
     replay = step
     for token in range(max_tokens):
-        if token == 1 and cuda and capturable(step):
+        if token == WARM_UP and cuda and capturable(step):
             replay = capture(step)
         replay()
         if (not cuda or (token + 1) % CHECK_EVERY == 0) and bool(step.beams.done()):
@@ -54,7 +55,7 @@ def run(step, max_tokens):
 
 
 def capturable(step):
-    """Whether the step after the first one, which has run, has the same shapes."""
+    """Whether the next step has the same shapes as the steps before, which have run."""
     return (
         step.language_model is None
         and not step.search.decoder.training
@@ -65,9 +66,10 @@ def capturable(step):
 def capture(step):
     """Record a step that writes over its own state -> a function that runs it.
 
-    The first token has warmed up the libraries, on this stream. Under autocast it has also made
-    the cached weights of low precision, which live until autocast ends, so longer than the graph
-    is replayed. What a graph leaves behind it is kept until the next one is there to use it.
+    The first tokens have warmed up the libraries on this stream, and compiled what is compiled.
+    Under autocast they have also made the cached weights of low precision, which live until
+    autocast ends, so longer than the graph is replayed. What a graph leaves behind it is kept until
+    the next one is there to use it.
     """
     device = torch.cuda.current_device()
     graph, former = torch.cuda.CUDAGraph(), _thread.graphs.get(device)

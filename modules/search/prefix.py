@@ -69,7 +69,9 @@ class CTCPrefixScorer:
         before = self.total[:, :-1].masked_fill(~self.valid, MINUS_INF)
         largest = finite(before.amax(1, keepdim=True))
         weights = (before - largest).exp().unflatten(0, (-1, self.beam_size))
-        psi = torch.bmm(weights, self.probs.transpose(1, 2)).flatten(0, 1).log_().add_(largest)
+        # The large factor first: MKL then takes half the time.
+        psi = torch.bmm(self.probs, weights.transpose(1, 2)).transpose(1, 2).flatten(0, 1)
+        psi = psi.log_().add_(largest)
         last = self.last.unsqueeze(1)
         repeated = self.blank[:, :-1] + self._log_probs_of(self.last)
         repeated = repeated.masked_fill(~self.valid, MINUS_INF).logsumexp(1, keepdim=True)
