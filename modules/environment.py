@@ -12,11 +12,15 @@ from pathlib import Path
 
 import torch
 
-from modules.ops import causal_conv1d, selective_scan
+from modules.ops import causal_conv1d, mamba_step, selective_scan
 
 PACKAGES = (
     *("torch", "torchaudio", "speechbrain", "HyperPyYAML", "sentencepiece", "soundfile", "numpy"),
     *("triton", "mamba-ssm", "causal-conv1d", "kenlm", "wandb", "tensorboard", "espeakng-loader"),
+)
+VARIABLES = (
+    *("MAMBA_ASR_SCAN_BACKEND", "MAMBA_ASR_CONV_BACKEND", "MAMBA_ASR_STEP_BACKEND"),
+    "OMP_NUM_THREADS",
 )
 
 
@@ -83,11 +87,8 @@ def report():
         "Devices (the first is the default)": devices(),
         "selective_scan": list(selective_scan.available_backends().items()),
         "causal_conv1d": list(causal_conv1d.available_backends().items()),
-        "Variables": [
-            (name, os.environ[name])
-            for name in ("MAMBA_ASR_SCAN_BACKEND", "MAMBA_ASR_CONV_BACKEND", "OMP_NUM_THREADS")
-            if name in os.environ
-        ],
+        "mamba_step": list(mamba_step.available_backends().items()),
+        "Variables": [(name, os.environ[name]) for name in VARIABLES if name in os.environ],
     }
     lines = []
     for title, rows in sections.items():

@@ -130,3 +130,29 @@ def test_triton_leaves_gradients_and_float64_to_torch():
     assert "backward" in triton.supports(Call("cuda", torch.float32, 16, True, True, True))
     assert triton.supports(Call("cuda", torch.float32, 16, False, True, True)) == "ok"
     assert set(available_backends()) == {"torch", "triton"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="comes for Linux alone")
+@pytest.mark.skipif(INTERPRETED, reason="there is no compiler then")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["conv_kernel", "scan_kernel"])
+def test_triton_compiles_for_an_h200(name, dtype):
+    """Which needs no device."""
+    import triton as package
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from modules.ops.mamba_step import triton_kernels
+
+    kernel = getattr(triton_kernels, name)
+    constants = {"WIDTH": 4, "N": 16, "CHANNELS": triton.CHANNELS}
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    signature = {}
+    for argument in kernel.arg_names:
+        wide = argument in {"A_log", "D", "dt_bias", "h", "new_h", "weight", "bias"}
+        pointer = f"*{'fp32' if wide else dtype}"
+        number = argument in {"channels", "states"} or argument.endswith("_b")
+        signature[argument] = "i32" if number else pointer
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constexprs=constants)
+    assert "ptx" in package.compile(source, target=GPUTarget("cuda", 90, 32)).asm
