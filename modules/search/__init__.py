@@ -2,5 +2,6 @@
 
 from modules.search.attention import JointBeamSearch
 from modules.search.ctc import CTCSearch, ctc_greedy
+from modules.search.ctc_beam import ctc_beam
 
-__all__ = ["CTCSearch", "JointBeamSearch", "ctc_greedy"]
+__all__ = ["CTCSearch", "JointBeamSearch", "ctc_beam", "ctc_greedy"]

@@ -1,4 +1,4 @@
-"""CTC search: best path, and SpeechBrain's beam search with an optional word n-gram."""
+"""CTC search to text: best path, beam search, and SpeechBrain's beam search with a word n-gram."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from speechbrain.decoders.ctc import CTCBeamSearcher, filter_ctc_output
 
 from modules.errors import UserError
+from modules.search.ctc_beam import ctc_beam
 
 
 def ctc_greedy(log_probs, lengths, blank_index=0, forbidden=(1, 2)):
@@ -29,7 +30,10 @@ def forbid(log_probs, tokens):
 
 
 class CTCSearch:
-    """CTC beam search with an optional word n-gram: SpeechBrain's `CTCBeamSearcher`.
+    """CTC beam search to text: on the device, or with a word n-gram by SpeechBrain on the CPU.
+
+    SpeechBrain's `CTCBeamSearcher` counts a prefix that ends in blank and the same one that does
+    not as two hypotheses; `ctc_beam` counts one, so it hears more of them with one beam size.
 
     Arguments
     ---------
@@ -61,34 +65,41 @@ class CTCSearch:
         blank_index=0,
         forbidden=(1, 2),
     ):
+        self.labels, self.blank_index, self.forbidden = list(labels), blank_index, forbidden
+        self.pruning = {
+            "beam_size": beam_size,
+            "beam_prune_logp": beam_prune_logp,
+            "token_prune_min_logp": token_prune_min_logp,
+        }
+        self.searcher = None
         if kenlm_model_path is not None:
             check_kenlm(kenlm_model_path)
-        self.searcher = CTCBeamSearcher(
-            blank_index,
-            list(labels),
-            kenlm_model_path=kenlm_model_path,
-            alpha=alpha,
-            beta=beta,
-            beam_size=beam_size,
-            beam_prune_logp=beam_prune_logp,
-            token_prune_min_logp=token_prune_min_logp,
-        )
-        self.forbidden = forbidden
+            self.searcher = CTCBeamSearcher(
+                blank_index,
+                self.labels,
+                kenlm_model_path=kenlm_model_path,
+                alpha=alpha,
+                beta=beta,
+                **self.pruning,
+            )
 
     def __call__(self, log_probs, lengths):
         """log_probs (B, T, V), lengths (B,) in frames -> B texts, words one space apart.
 
         ValueError if V is not the number of labels.
         """
-        num_labels = len(self.searcher.vocab_list)
+        num_labels = len(self.labels)
         if log_probs.shape[-1] != num_labels:
             raise ValueError(f"log_probs has {log_probs.shape[-1]} tokens for {num_labels} labels")
-        frames = forbid(log_probs.detach().float(), self.forbidden).cpu().numpy()
-        # Utterance by utterance: SpeechBrain's batch call truncates relative lengths.
-        return [
-            self.searcher.decode_log_probs(x, length)[0].text
-            for x, length in zip(frames, lengths.tolist(), strict=True)
-        ]
+        log_probs = forbid(log_probs.detach().float(), self.forbidden)
+        if self.searcher is not None:
+            # Utterance by utterance: SpeechBrain's batch call truncates relative lengths.
+            return [
+                self.searcher.decode_log_probs(x, length)[0].text
+                for x, length in zip(log_probs.cpu().numpy(), lengths.tolist(), strict=True)
+            ]
+        hypotheses = ctc_beam(log_probs, lengths, blank_index=self.blank_index, **self.pruning)
+        return [" ".join("".join(self.labels[i] for i in ids).split()) for ids in hypotheses]
 
 
 def check_kenlm(path):
