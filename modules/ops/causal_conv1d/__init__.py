@@ -3,13 +3,20 @@
 import torch
 
 from modules.ops.backends import Backends, Call
-from modules.ops.causal_conv1d import cuda, naive, pytorch
+from modules.ops.causal_conv1d import cuda, naive, pytorch, triton
 
 # In the order in which "auto" tries them.
 _backends = Backends(
     "causal_conv1d",
     "MAMBA_ASR_CONV_BACKEND",
-    {"causal_conv1d": cuda, "torch": pytorch, "naive": naive},
+    {
+        # Interpreted, for tests, it runs on CPUs too: then only when asked for.
+        **({} if triton.interpreting() else {"triton": triton}),
+        "causal_conv1d": cuda,
+        "torch": pytorch,
+        "triton": triton,
+        "naive": naive,
+    },
     reference="naive",
 )
 set_backend = _backends.set_default
@@ -59,6 +66,40 @@ def causal_conv1d(
     else:
         y, state = run(x, weight, bias, activation, lengths, reverse, initial_state, return_state)
     return (y, state) if return_state else y
+
+
+def bidirectional_conv1d(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    biases: torch.Tensor,
+    lengths: torch.Tensor | None,
+    activation: str | None = "silu",
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`causal_conv1d` forward in time and in reverse, each with its own weights, x read once.
+
+    x: (B, T, D); weights: (2, D, K); biases: (2, D); lengths: (B,) or None
+    -> y (2, B, T, D): forward in time, reverse
+    Raises as `causal_conv1d` does.
+    """
+    if len(weights) != 2 or len(biases) != 2:
+        raise ValueError(
+            f"weights are {tuple(weights.shape)} and biases {tuple(biases.shape)}; "
+            "expected (2, D, K) and (2, D), one for each direction"
+        )
+    _check(x, weights[0], biases[0], activation, lengths, None)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, biases))
+    call = Call(x.device.type, x.dtype, weights.shape[2], needs_grad, False, False)
+    run = _backends.pick(backend, call)
+    if run is triton and x.shape[1] > 0:
+        return triton.bidirectional_conv1d(x, weights, biases, lengths, activation)
+    options = {"activation": activation, "lengths": lengths, "backend": backend}
+    y = [
+        causal_conv1d(x, weight, bias, reverse=reverse, **options)
+        for weight, bias, reverse in zip(weights, biases, (False, True), strict=True)
+    ]
+    return torch.stack(y)
 
 
 def _check(x, weight, bias, activation, lengths, initial_state):

@@ -1,0 +1,124 @@
+"""The causal convolution by Triton kernels, one or both directions in a launch, on CUDA devices.
+
+It is bound by memory: the forward reads x once and writes every direction's result, the backward
+reads x and the gradients and writes one dx. Only arguments are kept between them. The lengths' mask
+and SiLU happen inside, x may be strided by rows, sums are float32, and no result depends on the
+order in which programs run.
+
+TRITON_INTERPRET=1 (set before triton is imported) runs the kernels on a CPU, for tests.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from modules.ops.backends import OK, Call
+from modules.ops.selective_scan.triton import availability, interpreting  # noqa: F401
+
+CHANNELS = 128  # a program's, two a thread: a warp reads 128 bytes of bf16 at once
+CHUNK = 8  # frames loaded ahead in the forward
+BACKWARD_CHUNK = 4  # in the backward, of up to three tensors
+# Frames a program, at most. The backward writes sums of 4 (K + 1) bytes a channel and direction
+# for each, the forward reads as much.
+FRAMES = 64
+BACKWARD_FRAMES = 128
+
+
+def supports(call: Call) -> str:
+    if call.device != "cuda" and not (call.device == "cpu" and interpreting()):
+        return f"runs on cuda, not on {call.device}"
+    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"has no kernel for {call.dtype}"
+    if not 2 <= call.width <= 8:
+        return f"has kernels of size 2 to 8, not {call.width}"
+    if call.initial_state or call.return_state:
+        return "runs without a state"
+    return OK
+
+
+def causal_conv1d(x, weight, bias, activation, lengths, reverse, initial_state, return_state):
+    """As `naive.causal_conv1d`, without a state -> result, None; no double backward."""
+    bias = None if bias is None else bias[None]
+    y = _TritonConv.apply(x, weight[None], bias, lengths, activation, not reverse, reverse)
+    return y.squeeze(0), None  # y[0] would copy the gradient
+
+
+def bidirectional_conv1d(x, weights, biases, lengths, activation):
+    """As `modules.ops.causal_conv1d.bidirectional_conv1d`."""
+    return _TritonConv.apply(x, weights, biases, lengths, activation, True, True)
+
+
+class _TritonConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, biases, lengths, activation, forward, reverse):
+        from modules.ops.causal_conv1d.triton_kernels import forward_kernel
+
+        x = _rows(x)
+        weights, biases, lengths = (
+            None if t is None else t.contiguous() for t in (weights, biases, lengths)
+        )
+        batch, frames, channels = x.shape
+        width = weights.shape[2]
+        ctx.options = {"FORWARD": forward, "REVERSE": reverse, "SILU": activation == "silu"}
+        y = torch.empty(len(weights), *x.shape, dtype=x.dtype, device=x.device)
+        tiles, tile = _tiles(frames + width - 1, FRAMES, CHUNK)
+        _launch(
+            forward_kernel,
+            (x, weights, biases, lengths, y),
+            (frames, channels, tile, *x.stride()[:2]),
+            (tiles, batch),
+            **ctx.options,
+            WIDTH=width,
+            CHUNK=CHUNK,
+        )
+        ctx.save_for_backward(x, weights, biases, lengths)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        from modules.ops.causal_conv1d.triton_kernels import backward_kernel
+
+        x, weights, biases, lengths = ctx.saved_tensors
+        batch, frames, channels = x.shape
+        directions, _, width = weights.shape
+        dy = _rows(dy)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        tiles, tile = _tiles(frames, BACKWARD_FRAMES, BACKWARD_CHUNK)
+        shape = (batch * tiles, directions, width + 1, channels)
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+        _launch(
+            backward_kernel,
+            (x, weights, biases, lengths, dy, dx, partial),
+            (frames, channels, tile, *x.stride()[:2], *dy.stride()[:3]),
+            (tiles, batch),
+            **ctx.options,
+            WIDTH=width,
+            CHUNK=BACKWARD_CHUNK,
+        )
+        total = partial.sum(0)
+        dweights = total[:, :width].transpose(1, 2).to(weights.dtype)
+        dbiases = None if biases is None else total[:, width].to(biases.dtype)
+        return dx, dweights, dbiases, None, None, None, None
+
+
+def _rows(x):
+    """Make each frame's row dense; the rows may lie anywhere."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _tiles(steps, longest, chunk):
+    """-> how many programs share so many steps, and the steps of each: whole chunks, even shares"""
+    tiles = -(-steps // longest)
+    tile = -(-steps // (tiles * chunk)) * chunk
+    return -(-steps // tile), tile
+
+
+def _launch(kernel, tensors, numbers, programs, **constants):
+    channels = tensors[0].shape[2]
+    if tensors[0].numel() == 0:
+        return
+    # Triton launches on the current device, whatever the tensors' own.
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(-(-channels // CHANNELS), *programs)](
+            *tensors, *numbers, **constants, CHANNELS=CHANNELS, num_warps=CHANNELS // 64
+        )
