@@ -7,7 +7,7 @@
 Random weights of the shipped S2S recipes' sizes and noise for the encoder's output. Every search
 takes exactly --tokens tokens, since eos comes neither early nor late. A row is the median of whole
 searches, the reading of the memory included, each as it comes: with a new CUDA graph on a GPU.
-The second part, --lengths, shows how the cost of a token grows with the number of tokens.
+The rows of --lengths show how the cost of a token grows with the number of tokens.
 --reference adds SpeechBrain's search over the same decoders, which the tests compare with.
 The last line is everything as JSON.
 """
@@ -26,9 +26,7 @@ from modules.search import JointBeamSearch
 
 RECIPES = {"mamba": "conmambamamba", "transformer": "conmamba"}
 COLUMNS = {
-    "decoder": "<12",
-    "search": "<12",
-    "ctc": ">4.1f",
+    "model": "<42",
     "tokens": ">6",
     "ms": ">10.2f",
     "ms_per_token": ">12.3f",
@@ -90,15 +88,20 @@ def measure_decoder(decoder, table, options):
         from tests.search.reference import ReferenceSearch
 
         kinds["speechbrain"] = ReferenceSearch
-    cases = [
-        (name, ctc, options.tokens) for name in kinds for ctc in (hparams["ctc_weight_decode"], 0.0)
-    ]
-    # By length without CTC, whose cost depends on the frames alone.
-    cases += [("ours", 0.0, n) for n in options.lengths if n != options.tokens]
+    weights = (hparams["ctc_weight_decode"], 0.0)
+    cases = [(name, ctc, options.tokens) for name in kinds for ctc in weights]
+    cases += [("ours", ctc, n) for ctc in weights for n in options.lengths if n != options.tokens]
     for name, ctc, tokens in cases:
         search = make_search(kinds[name], decoder, parts, hparams, ctc, tokens, options)
         row = measure.attempt(time_search, search, memory, lengths, tokens, options)
-        table.add({"decoder": decoder, "search": name, "ctc": ctc, "tokens": tokens, **row})
+        about = {"decoder": decoder, "search": name, "ctc": ctc, "tokens": tokens}
+        table.add({"model": describe(**about), **about, **row})
+
+
+def describe(decoder, search, ctc, tokens):
+    """What a line of a figure is called."""
+    other = ", SpeechBrain's search" if search == "speechbrain" else ""
+    return f"{decoder.capitalize()} decoder{' with CTC' if ctc else ''}{other}"
 
 
 def parse():

@@ -137,3 +137,18 @@ def test_figures_of_what_was_measured(tmp_path, count, drawn):
         text = " | ".join(re.findall(r"<text[^>]*>([^<]*)</text>", found["lengths"].read_text()))
         for word in ("ConMamba", "Conformer, relative positions", "peak memory, GB"):
             assert word in text
+
+
+def test_decoding():
+    printed, _ = run("decoding.py", "--device=cpu", "--size=tiny", "--batch=2", "--beam=3",
+                     "--frames=20", "--tokens=4", "--lengths", "2", "--reference",
+                     "--repeats=1", "--limit=0.1")  # fmt: skip
+    rows = report_of(printed, "decoding")["rows"]
+    for decoder in ("mamba", "transformer"):
+        mine = [row for row in rows if row["decoder"] == decoder]
+        assert [row["search"] for row in mine] == [
+            *2 * ["ours"], *2 * ["speechbrain"], *2 * ["ours"]
+        ]  # fmt: skip
+        assert [row["tokens"] for row in mine] == [4, 4, 4, 4, 2, 2]
+        assert len({row["model"] for row in mine}) == 4
+        assert all(row["ms"] > 0 for row in mine)
