@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the field's name
 
-from modules.ops.causal_conv1d import causal_conv1d
+from modules.ops.causal_conv1d import bidirectional_conv1d, causal_conv1d
+from modules.ops.gating import gated_mean
 from modules.ops.mamba_step import conv_step, scan_step
-from modules.ops.selective_scan import selective_scan
+from modules.ops.selective_scan import bidirectional_scan, selective_scan
 
 
 class SelectiveSSM(nn.Module):
@@ -169,6 +170,30 @@ class BiMamba(nn.Module):
         """x (B, T, D), lengths (B,) -> y (B, T, D), None: it needs the future, so has no state."""
         assert state is None, "BiMamba reads the whole utterance; stream with Mamba"
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        y_forward, _ = self.forward_ssm(x, lengths)
-        y_backward, _ = self.backward_ssm(x, lengths)
-        return self.out_proj(0.5 * (y_forward + y_backward) * F.silu(z)), None
+        x = bidirectional_conv1d(
+            x, self._both("conv1d.weight").squeeze(2), self._both("conv1d.bias"), lengths
+        )
+        ssm = self.forward_ssm
+        flat = x.flatten(1, 2)  # (2, B T, d_inner): both directions in one product
+        dt, B, C = (
+            torch.bmm(flat, self._both("x_proj.weight").transpose(1, 2))
+            .unflatten(1, x.shape[1:3])
+            .split([ssm.dt_rank, ssm.d_state, ssm.d_state], dim=-1)
+        )
+        dt = torch.bmm(dt.flatten(1, 2), self._both("dt_proj.weight").transpose(1, 2))
+        y = bidirectional_scan(
+            x,
+            dt.view_as(x),
+            -torch.exp(self._both("A_log")),
+            B,
+            C,
+            self._both("D"),
+            self._both("dt_proj.bias"),
+            dt_softplus=True,
+            lengths=lengths,
+        )
+        return self.out_proj(gated_mean(y, z)), None
+
+    def _both(self, name):
+        """A parameter of both directions, stacked."""
+        return torch.stack([m.get_parameter(name) for m in (self.forward_ssm, self.backward_ssm)])

@@ -19,7 +19,12 @@ from test_selective_scan import make, run
 from torch.utils.checkpoint import checkpoint
 
 from modules.ops.backends import Call
-from modules.ops.selective_scan import available_backends, selective_scan, triton
+from modules.ops.selective_scan import (
+    available_backends,
+    bidirectional_scan,
+    selective_scan,
+    triton,
+)
 
 INTERPRETED = triton.interpreting()
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -147,6 +152,30 @@ def test_views_of_projections_with_garbage_in_the_padding(reverse, garbage, fres
 
 
 @runs_kernels
+def test_both_directions_at_once_equal_two_scans():
+    """Also with one gradient for both, as the gate around them gives it."""
+    frames, channels, states = 38, 33, 16
+    shapes = {"u": (2, 2, frames, channels), "dt": (2, 2, frames, channels)}
+    shapes |= {"A": (2, channels, states), "B": (2, 2, frames, states), "C": (2, 2, frames, states)}
+    shapes |= {"D": (2, channels), "dt_bias": (2, channels)}
+    generator = torch.Generator().manual_seed(0)
+    leaves = {k: torch.randn(v, generator=generator).to(DEVICE) for k, v in shapes.items()}
+    leaves["A"] = -leaves["A"].abs()
+    leaves = {k: v.requires_grad_() for k, v in leaves.items()}
+    dy = torch.randn(2, frames, channels, generator=generator).to(DEVICE)
+    lengths = torch.tensor([frames, 7], device=DEVICE)
+    results = []
+    for backend in ("triton", "naive"):
+        y = bidirectional_scan(**leaves, dt_softplus=True, lengths=lengths, backend=backend)
+        gradients = torch.autograd.grad(y, list(leaves.values()), dy.expand(2, -1, -1, -1))
+        results.append((y, *gradients))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(
+            got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+        )
+
+
+@runs_kernels
 def test_channels_first_inputs():
     leaves = leaves_of(torch.float32, 5, 8, 4)
     turned = {
@@ -238,8 +267,6 @@ def test_what_it_refuses():
     call = {"width": 16, "needs_grad": True, "initial_state": True, "return_state": True}
     assert triton.supports(Call(device="cuda", dtype=torch.bfloat16, **call)) == "ok"
     assert "float64" in triton.supports(Call(device="cuda", dtype=torch.float64, **call))
-    wide = Call(device="cuda", dtype=torch.float32, **{**call, "width": 65})
-    assert "65" in triton.supports(wide)
     if not INTERPRETED:
         assert "cpu" in triton.supports(Call(device="cpu", dtype=torch.float32, **call))
     if DEVICE == "cpu" and not INTERPRETED:
@@ -258,20 +285,17 @@ def test_never_chosen_on_a_cpu(monkeypatch):
     "dtype, states, absent",
     [
         ("bf16", 16, {"z", "dz", "initial", "dfinal", "dinitial"}),
-        ("fp16", 64, set()),
         ("fp32", 4, {"D", "dt_bias", "lengths"}),
     ],
 )
 def test_compiles_for_an_h200(dtype, states, absent):
-    from modules.ops.selective_scan import triton_kernels
+    from modules.ops.selective_scan.triton_backward import backward_kernel
+    from modules.ops.selective_scan.triton_kernels import forward_kernel
 
-    for kernel in (triton_kernels.forward_kernel, triton_kernels.backward_kernel):
+    for kernel, most in ((forward_kernel, 128), (backward_kernel, 255)):
         registers, spilled = compile_kernel(kernel, dtype, states, absent)
-        assert registers <= 255
-        if kernel is triton_kernels.forward_kernel:
-            assert spilled == 0
-        else:
-            assert spilled <= 2000, "bytes: far more than when it was measured"
+        assert registers <= most
+        assert spilled <= 400, "bytes, far more than when it was measured"
 
 
 def compile_kernel(kernel, dtype, states, absent):
@@ -281,24 +305,24 @@ def compile_kernel(kernel, dtype, states, absent):
     from triton.compiler import ASTSource
 
     constants = dict.fromkeys(absent & set(kernel.arg_names))
-    constants |= {"SOFTPLUS": True, "REVERSE": True, "N": states}
-    constants |= {"CHANNELS": triton.CHANNELS, "CHUNK": triton.CHUNK}
-    rows = {"u", "dt", "B", "C", "z", "y", "dy", "du", "ddt", "dz"}
-    numbers = {"frames", "channels", "states"}
+    constants |= {"SOFTPLUS": True, "N": states}
+    constants |= {"CHUNK": triton.CHUNK, "SEGMENT": triton.SEGMENT}
+    rows = {"u", "dt", "z", "y", "dy", "du", "ddt", "dz"}
+    numbers = {"frames", "channels", "utterances", "reverse_from"}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in numbers or re.fullmatch(r"(u|dt|B|C|z|dy)_[bt]", name):
+        elif name in numbers or re.fullmatch(r"(u|dt|z|dy)_[gbt]", name):
             signature[name] = "i32"
         else:
             signature[name] = (
                 "*i64" if name == "lengths" else f"*{dtype if name in rows else 'fp32'}"
             )
-        if name not in constants and name != "frames":
+        if name not in constants and name not in numbers - {"channels"}:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": max(states // 16, 1)}
+    options = {"num_warps": 1}
     ptx = package.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)

@@ -90,6 +90,53 @@ def selective_scan(
     return (y, state) if return_state else y
 
 
+def bidirectional_scan(
+    u: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    *,
+    dt_softplus: bool = False,
+    lengths: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Two scans of a batch, the second backwards in time, each with parameters of its own.
+
+    u, dt: (2, B, T, D); A: (2, D, N); B, C: (2, B, T, N); D, dt_bias: (2, D); lengths: (B,)
+    -> (2, B, T, D). Otherwise as `selective_scan`; a backend that can takes both in one launch.
+    """
+    for i in (0, 1):
+        _check(u[i], dt[i], A[i], B[i], C[i], D[i], None, dt_bias[i], lengths, None)
+    call = Call(
+        device=u.device.type,
+        dtype=u.dtype,
+        width=A.shape[2],
+        needs_grad=torch.is_grad_enabled()
+        and any(x.requires_grad for x in (u, dt, A, B, C, D, dt_bias)),
+        initial_state=False,
+        return_state=False,
+    )
+    module = _backends.pick(backend, call)
+    together = getattr(module, "bidirectional_scan", None)
+    if together is not None and A.shape[2] <= module.STATES and u.shape[2] > 0:
+        return together(u, dt, A, B, C, D, dt_bias, dt_softplus, lengths)
+    directions = (
+        selective_scan(
+            *(x[i] for x in (u, dt, A, B, C, D)),
+            dt_bias=dt_bias[i],
+            dt_softplus=dt_softplus,
+            lengths=lengths,
+            reverse=i == 1,
+            backend=backend,
+        )
+        for i in (0, 1)
+    )
+    return torch.stack(tuple(directions))
+
+
 def _empty_scan_state(u, A, initial_state):
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     if initial_state is None:

@@ -1,18 +1,25 @@
 # ruff: noqa: RUF005 - Triton knows tuples only to add them
-"""Triton kernels of the selective scan: one program a (utterance, block of channels).
+"""Triton kernels of the selective scan: what both share, and the forward.
 
-A program keeps its states (N, channels) in registers in float32 and walks along time in chunks, to
-the utterance's own length. What it does is little arithmetic behind a long wait for memory, so the
-inputs of the next chunk are loaded while the current one is computed.
+A program is one warp: a thread a channel, which keeps the channel's N states in registers in
+float32 and walks along time to the utterance's own length. No number passes between threads, but
+for the rows of B and C: a lane holds one number of a frame's row, and a shuffle gives it to all.
+Nothing is kept in shared memory, so there is nothing to wait for but the loads, and those of the
+next CHUNK frames are on their way while the current ones are computed.
 
-d numbers channels, n states, t frames, k frames in the order of the scan. A comes multiplied by
-log2(e), so that exp(dt A) is one exp2.
+One launch serves one direction or both: scans are numbered group by group, a group has a set of
+parameters and `utterances` scans, and from scan `reverse_from` on time runs from an utterance's
+last frame to its first.
+
+d numbers channels, n states, k frames in the order of the scan, t frames in time. A comes
+multiplied by log2(e), so that exp(dt A) is one exp2. A tuple holds a vector of channels a state.
 """
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+CHANNELS = tl.constexpr(32)  # a program's: one a thread of its warp
 
 
 @triton.jit
@@ -42,260 +49,154 @@ def step_size(dt, bias, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def frame(k, length, REVERSE: tl.constexpr):
-    """Position in time of the k-th frame of the scan, for pointers."""
-    return tl.cast(length - 1 - k if REVERSE else k, tl.int64)
+def silu_and_slope(z):
+    """silu(z), its derivative."""
+    z = z.to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
+    silu = z * sigmoid
+    return silu, sigmoid + silu * (1.0 - sigmoid)
 
 
 @triton.jit
-def load_row(pointers, k, length, stride, mask, REVERSE: tl.constexpr):
-    """The k-th frame's row of (T, channels or states); zero from the length on."""
-    t = frame(k, length, REVERSE)
-    return tl.load(pointers + t * stride, mask=mask & (k < length), other=0.0)
+def position(k, length, reverse):
+    """The k-th frame of the scan, in time; the nearest valid one's if there is no such frame."""
+    k = tl.maximum(tl.minimum(k, length - 1), 0)
+    return tl.where(reverse, length - 1 - k, k)
 
 
 @triton.jit
-def forward_row(
-    u, dt, z, B, C, k, length, u_t, dt_t, z_t, B_t, C_t, d_mask, n_mask, REVERSE: tl.constexpr
-):  # fmt: skip
-    """u, dt, z, B, C of the k-th frame."""
-    row_u = load_row(u, k, length, u_t, d_mask, REVERSE)
-    row_dt = load_row(dt, k, length, dt_t, d_mask, REVERSE)
-    row_B = load_row(B, k, length, B_t, n_mask, REVERSE)
-    row_C = load_row(C, k, length, C_t, n_mask, REVERSE)
-    row_z = row_u if z is None else load_row(z, k, length, z_t, d_mask, REVERSE)
-    return row_u, row_dt, row_z, row_B, row_C
+def utterance(lengths, frames, utterances, reverse_from):
+    """The program's scan, its group and utterance, the length, whether time runs backwards."""
+    scan = tl.program_id(1)
+    group = scan // utterances
+    b = scan % utterances
+    length = frames
+    if lengths is not None:
+        length = tl.load(lengths + b)
+        length = tl.minimum(tl.maximum(length, 0), frames).to(tl.int32)
+    return scan.to(tl.int64), group.to(tl.int64), b.to(tl.int64), length, scan >= reverse_from
 
 
-@triton.jit(do_not_specialize=["frames"])  # one build for every number of frames
+@triton.jit
+def parameter(p, group, channels, d):
+    """A parameter (groups, D) at channels d in float32; zero if there is none."""
+    if p is None:
+        x = tl.zeros([CHANNELS], tl.float32)
+    else:
+        x = tl.load(p + group * channels + d).to(tl.float32)
+    return x
+
+
+@triton.jit
+def load_states(p, channels, d, N: tl.constexpr):
+    """(N, D) at channels d -> a vector a state."""
+    states = ()
+    for n in tl.static_range(N):
+        states = states + (tl.load(p + n * channels + d),)
+    return states
+
+
+@triton.jit
+def store_states(p, states, channels, d, d_mask, N: tl.constexpr):
+    for n in tl.static_range(N):
+        tl.store(p + n * channels + d, states[n], mask=d_mask)
+
+
+@triton.jit
+def load_row(BC, t, N: tl.constexpr):
+    """Row t of B and C side by side, (T, 2 N): a number a lane."""
+    lane = tl.arange(0, CHANNELS)
+    if 2 * N == CHANNELS:
+        row = tl.load(BC + t * 2 * N + lane)
+    else:
+        row = tl.load(BC + t * 2 * N + lane, mask=lane < 2 * N, other=0.0)
+    return row
+
+
+@triton.jit
+def broadcast(row, i):
+    """The i-th lane's number for every lane."""
+    return tl.gather(row, tl.full([CHANNELS], i, tl.int32), 0)
+
+
+# One build for every number of frames and utterances.
+@triton.jit(do_not_specialize=["frames", "utterances", "reverse_from"])
 def forward_kernel(
-    u, dt, A, B, C, D, z, dt_bias, lengths, initial,
+    u, dt, A, BC, D, z, dt_bias, lengths, initial,
     y, final, starts,
-    frames, channels, states,
-    u_b, u_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr,
+    frames, channels, utterances, reverse_from,
+    u_g, u_b, u_t, dt_g, dt_b, dt_t, z_g, z_b, z_t,
+    SOFTPLUS: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """starts (B, chunks, N, D), if any, gets the state before every CHUNK frames."""
-    b = tl.program_id(1).to(tl.int64)
+    """starts (scans, segments, N, D), if any, gets the state before every SEGMENT frames."""
+    scan, group, b, length, reverse = utterance(lengths, frames, utterances, reverse_from)
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    n = tl.arange(0, N)
     d_mask = d < channels
-    n_mask = n < states
-    mask = n_mask[:, None] & d_mask[None, :]
-    tile = n[:, None] * channels + d[None, :]  # in (N, D)
+    d_read = tl.minimum(d, channels - 1)  # loads without a mask; what it says too much, none stores
 
-    length = frames
-    if lengths is not None:
-        length = tl.minimum(tl.maximum(tl.load(lengths + b), 0), frames).to(tl.int32)
-    A_tile = tl.load(A + tile, mask=mask, other=0.0)
-    skip = tl.zeros([CHANNELS], tl.float32)
-    if D is not None:
-        skip = tl.load(D + d, mask=d_mask, other=0.0).to(tl.float32)
-    bias = tl.zeros([CHANNELS], tl.float32)
-    if dt_bias is not None:
-        bias = tl.load(dt_bias + d, mask=d_mask, other=0.0).to(tl.float32)
-    h = tl.zeros([N, CHANNELS], tl.float32)
-    if initial is not None:
-        h = tl.load(initial + b * states * channels + tile, mask=mask, other=0.0)
-    u += b * u_b + d
-    dt += b * dt_b + d
-    B += b * B_b + n
-    C += b * C_b + n
+    A_n = load_states(A + group * N * channels, channels, d_read, N)
+    skip = parameter(D, group, channels, d_read)
+    bias = parameter(dt_bias, group, channels, d_read)
+    if initial is None:
+        h = ()
+        for _n in tl.static_range(N):
+            h = h + (tl.zeros([CHANNELS], tl.float32),)
+    else:
+        h = load_states(initial + scan * N * channels, channels, d_read, N)
+    u += group * u_g + b * u_b + d_read
+    dt += group * dt_g + b * dt_b + d_read
     if z is not None:
-        z += b * z_b + d
-    y += b * frames * channels + d
+        z += group * z_g + b * z_b + d_read
+    BC += scan * frames * 2 * N
+    y += scan * frames * channels + d
     if starts is not None:
-        starts += b * tl.cdiv(frames, CHUNK) * states * channels
+        starts += scan * tl.cdiv(frames, SEGMENT) * N * channels
 
-    rows = ()
-    for i in tl.static_range(CHUNK):
-        rows = rows + forward_row(
-            u, dt, z, B, C, i, length, u_t, dt_t, z_t, B_t, C_t, d_mask, n_mask, REVERSE
-        )  # fmt: skip
-    for k in range(0, length, CHUNK):
-        ahead = ()
+    if length > 0:
+        rows = ()
         for i in tl.static_range(CHUNK):
-            ahead = ahead + forward_row(
-                u, dt, z, B, C, k + CHUNK + i, length, u_t, dt_t, z_t, B_t, C_t, d_mask, n_mask,
-                REVERSE,
-            )  # fmt: skip
-        if starts is not None:
-            tl.store(starts + tile, h, mask=mask)
-            starts += states * channels
-        for i in tl.static_range(CHUNK):
-            u_k = rows[5 * i].to(tl.float32)
-            step, _ = step_size(rows[5 * i + 1], bias, SOFTPLUS)
-            step = tl.where(k + i < length, step, 0.0)
-            B_k = rows[5 * i + 3].to(tl.float32)
-            C_k = rows[5 * i + 4].to(tl.float32)
-            h = tl.exp2(step[None, :] * A_tile) * h + (step * u_k)[None, :] * B_k[:, None]
-            y_k = tl.sum(h * C_k[:, None], axis=0) + skip * u_k
-            if z is not None:
-                gate = rows[5 * i + 2].to(tl.float32)
-                y_k *= gate / (1.0 + tl.exp2(-gate * LOG2E))
-            t = frame(k + i, length, REVERSE)
-            tl.store(y + t * channels, y_k.to(y.dtype.element_ty), mask=d_mask & (k + i < length))
-        rows = ahead
+            t = position(i, length, reverse)
+            gate = 0.0 if z is None else tl.load(z + t * z_t)
+            rows = rows + (
+                (tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, load_row(BC, t, N)),
+            )
+        for k in range(0, length, CHUNK):
+            if starts is not None:  # noqa: SIM102 - one is known when compiling
+                if k % SEGMENT == 0:
+                    store_states(starts, h, channels, d, d_mask, N)
+                    starts += N * channels
+            for i in tl.static_range(CHUNK):
+                row_u, row_dt, gate, row = rows[0]
+                u_k = row_u.to(tl.float32)
+                step, _slope = step_size(row_dt, bias, SOFTPLUS)
+                step = tl.where(k + i < length, step, 0.0)
+                dt_u = step * u_k
+                new = ()
+                y_even = skip * u_k  # two sums: half the wait for each other
+                y_odd = tl.zeros([CHANNELS], tl.float32)
+                for n in tl.static_range(N):
+                    h_n = tl.exp2(step * A_n[n]) * h[n] + dt_u * broadcast(row, n)
+                    new = new + (h_n,)
+                    if n % 2 == 0:
+                        y_even += h_n * broadcast(row, N + n)
+                    else:
+                        y_odd += h_n * broadcast(row, N + n)
+                h = new
+                y_k = y_even + y_odd
+                if z is not None:
+                    silu, _slope = silu_and_slope(gate)
+                    y_k *= silu
+                t = position(k + i, length, reverse)
+                valid = d_mask & (k + i < length)
+                tl.store(y + t * channels, y_k.to(y.dtype.element_ty), mask=valid)
+                # In the place of the row just used, so that none has to be moved.
+                t = position(k + CHUNK + i, length, reverse)
+                gate = 0.0 if z is None else tl.load(z + t * z_t)
+                rows = rows[1:] + (
+                    (tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, load_row(BC, t, N)),
+                )
 
+    zero = tl.zeros([CHANNELS], y.dtype.element_ty)
     for t in range(length, frames):
-        tl.store(
-            y + tl.cast(t, tl.int64) * channels,
-            tl.zeros([CHANNELS], y.dtype.element_ty),
-            mask=d_mask,
-        )
-    tl.store(final + b * states * channels + tile, h, mask=mask)
-
-
-@triton.jit
-def backward_row(
-    u, dt, z, dy, B, C, k, length, u_t, dt_t, z_t, dy_t, B_t, C_t, d_mask, n_mask,
-    REVERSE: tl.constexpr,
-):  # fmt: skip
-    """u, dt, z, dy, B, C of the k-th frame; zeros if k is negative or not below length."""
-    d_mask &= k >= 0
-    n_mask &= k >= 0
-    row_u = load_row(u, k, length, u_t, d_mask, REVERSE)
-    row_dt = load_row(dt, k, length, dt_t, d_mask, REVERSE)
-    row_dy = load_row(dy, k, length, dy_t, d_mask, REVERSE)
-    row_B = load_row(B, k, length, B_t, n_mask, REVERSE)
-    row_C = load_row(C, k, length, C_t, n_mask, REVERSE)
-    row_z = row_u if z is None else load_row(z, k, length, z_t, d_mask, REVERSE)
-    return row_u, row_dt, row_z, row_dy, row_B, row_C
-
-
-@triton.jit(do_not_specialize=["frames"])  # one build for every number of frames
-def backward_kernel(
-    u, dt, A, B, C, D, z, dt_bias, lengths, starts, dy, dfinal,
-    du, ddt, dA, dBC, dD, dz, ddt_bias, dinitial,
-    frames, channels, states,
-    u_b, u_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, dy_b, dy_t,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    N: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Walk the chunks backwards; each is run forward from its start to have its states back.
-
-    dA (B, N, D), dD and ddt_bias (B, D) are this utterance's; dBC (B, blocks, T, 2, N) is this
-    block of channels' share. The caller sums them, always in the same order.
-    """
-    b = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    n = tl.arange(0, N)
-    d_mask = d < channels
-    n_mask = n < states
-    mask = n_mask[:, None] & d_mask[None, :]
-    tile = n[:, None] * channels + d[None, :]  # in (N, D)
-
-    length = frames
-    if lengths is not None:
-        length = tl.minimum(tl.maximum(tl.load(lengths + b), 0), frames).to(tl.int32)
-    A_tile = tl.load(A + tile, mask=mask, other=0.0)
-    skip = tl.zeros([CHANNELS], tl.float32)
-    if D is not None:
-        skip = tl.load(D + d, mask=d_mask, other=0.0).to(tl.float32)
-    bias = tl.zeros([CHANNELS], tl.float32)
-    if dt_bias is not None:
-        bias = tl.load(dt_bias + d, mask=d_mask, other=0.0).to(tl.float32)
-    message = tl.zeros([N, CHANNELS], tl.float32)  # the gradient of the state after the chunk
-    if dfinal is not None:
-        message = tl.load(dfinal + b * states * channels + tile, mask=mask, other=0.0)
-    dA_tile = tl.zeros([N, CHANNELS], tl.float32)
-    dD_sum = tl.zeros([CHANNELS], tl.float32)
-    ddt_sum = tl.zeros([CHANNELS], tl.float32)
-
-    u += b * u_b + d
-    dt += b * dt_b + d
-    B += b * B_b + n
-    C += b * C_b + n
-    dy += b * dy_b + d
-    du += b * frames * channels + d
-    ddt += b * frames * channels + d
-    if z is not None:
-        z += b * z_b + d
-        dz += b * frames * channels + d
-    dBC += (b * tl.num_programs(0) + tl.program_id(0)) * frames * 2 * states + n
-    starts += b * tl.cdiv(frames, CHUNK) * states * channels
-
-    chunks = tl.cdiv(length, CHUNK)
-    last = chunks - 1
-    rows = ()
-    for i in tl.static_range(CHUNK):
-        rows = rows + backward_row(
-            u, dt, z, dy, B, C, last * CHUNK + i, length, u_t, dt_t, z_t, dy_t, B_t, C_t,
-            d_mask, n_mask, REVERSE,
-        )  # fmt: skip
-    starts += tl.cast(last, tl.int64) * states * channels
-    start = tl.load(starts + tile, mask=mask & (last >= 0), other=0.0)
-    for j in range(0, chunks):
-        k = (last - j) * CHUNK
-        h = (start,)  # the states before and after each frame
-        for i in tl.static_range(CHUNK):
-            step, _ = step_size(rows[6 * i + 1], bias, SOFTPLUS)
-            step = tl.where(k + i < length, step, 0.0)
-            dt_u = step * rows[6 * i].to(tl.float32)
-            B_k = rows[6 * i + 4].to(tl.float32)
-            decay = tl.exp2(step[None, :] * A_tile)
-            h = h + (decay * h[i] + dt_u[None, :] * B_k[:, None],)
-
-        ahead = ()
-        for i in tl.static_range(CHUNK - 1, -1, -1):
-            ahead = ahead + backward_row(
-                u, dt, z, dy, B, C, k - 1 - i, length, u_t, dt_t, z_t, dy_t, B_t, C_t,
-                d_mask, n_mask, REVERSE,
-            )  # fmt: skip
-            if i == CHUNK // 2 - 1:
-                starts -= states * channels
-                start = tl.load(starts + tile, mask=mask & (k > 0), other=0.0)
-            valid = k + i < length
-            u_k = rows[6 * i].to(tl.float32)
-            step, slope = step_size(rows[6 * i + 1], bias, SOFTPLUS)
-            step = tl.where(valid, step, 0.0)
-            dy_k = rows[6 * i + 3].to(tl.float32)
-            B_k = rows[6 * i + 4].to(tl.float32)
-            C_k = rows[6 * i + 5].to(tl.float32)
-            t = frame(k + i, length, REVERSE)
-
-            decay = tl.exp2(step[None, :] * A_tile)
-            if z is not None:
-                gate = rows[6 * i + 2].to(tl.float32)
-                sigmoid = 1.0 / (1.0 + tl.exp2(-gate * LOG2E))
-                silu = gate * sigmoid
-                y_k = tl.sum(h[i + 1] * C_k[:, None], axis=0) + skip * u_k
-                dz_k = dy_k * y_k * (sigmoid + silu * (1.0 - sigmoid))
-                tl.store(dz + t * channels, dz_k.to(dz.dtype.element_ty), mask=d_mask & valid)
-                dy_k *= silu
-
-            dh = message + dy_k[None, :] * C_k[:, None]
-            message = decay * dh
-            dlog = message * h[i]  # of dt A
-            dA_tile += dlog * step[None, :]
-            ddt_u = tl.sum(dh * B_k[:, None], axis=0)
-            # A is log2(e) times itself; ln(2) takes that back.
-            ddt_k = tl.sum(dlog * A_tile, axis=0) * 0.6931471805599453 + ddt_u * u_k
-            ddt_k = tl.where(valid, ddt_k * slope, 0.0)
-            ddt_sum += ddt_k
-            dD_sum += dy_k * u_k
-            du_k = ddt_u * step + dy_k * skip
-            tl.store(du + t * channels, du_k.to(du.dtype.element_ty), mask=d_mask & valid)
-            tl.store(ddt + t * channels, ddt_k.to(ddt.dtype.element_ty), mask=d_mask & valid)
-            dB_k = tl.sum(dh * (step * u_k)[None, :], axis=1)
-            dC_k = tl.sum(h[i + 1] * dy_k[None, :], axis=1)
-            tl.store(dBC + t * 2 * states, dB_k, mask=n_mask & valid)
-            tl.store(dBC + t * 2 * states + states, dC_k, mask=n_mask & valid)
-        rows = ahead
-
-    zero_d = tl.zeros([CHANNELS], tl.float32)
-    zero_n = tl.zeros([N], tl.float32)
-    for tail in range(length, frames):
-        t = tl.cast(tail, tl.int64)
-        tl.store(du + t * channels, zero_d.to(du.dtype.element_ty), mask=d_mask)
-        tl.store(ddt + t * channels, zero_d.to(ddt.dtype.element_ty), mask=d_mask)
-        if z is not None:
-            tl.store(dz + t * channels, zero_d.to(dz.dtype.element_ty), mask=d_mask)
-        tl.store(dBC + t * 2 * states, zero_n, mask=n_mask)
-        tl.store(dBC + t * 2 * states + states, zero_n, mask=n_mask)
-    tl.store(dA + b * states * channels + tile, dA_tile, mask=mask)
-    tl.store(dD + b * channels + d, dD_sum, mask=d_mask)
-    tl.store(ddt_bias + b * channels + d, ddt_sum, mask=d_mask)
-    if dinitial is not None:
-        tl.store(dinitial + b * states * channels + tile, message, mask=mask)
+        tl.store(y + t * channels, zero, mask=d_mask)
+    store_states(final + scan * N * channels, h, channels, d, d_mask, N)

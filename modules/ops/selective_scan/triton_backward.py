@@ -1,0 +1,242 @@
+# ruff: noqa: RUF005 - Triton knows tuples only to add them
+"""Triton kernels of the selective scan's gradient; names and order as in `triton_kernels`.
+
+The forward left the state before every SEGMENT frames. Segment by segment, last to first, the
+program runs forward once to have the state before every CHUNK frames (in `scratch`, reused for
+every segment, so that it stays in the cache), then takes the chunks last to first: each is run
+forward once more, its states kept in registers, and then backward.
+"""
+
+import triton
+import triton.language as tl
+
+from modules.ops.selective_scan.triton_kernels import (
+    CHANNELS,
+    broadcast,
+    load_row,
+    load_states,
+    parameter,
+    position,
+    silu_and_slope,
+    step_size,
+    store_states,
+    utterance,
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def halve(values, WIDTH: tl.constexpr):
+    """2 WIDTH vectors -> WIDTH: a lane keeps its half of them, and adds its partner's share."""
+    lane = tl.arange(0, CHANNELS)
+    upper = (lane & WIDTH) != 0
+    half = ()
+    for i in tl.static_range(WIDTH):
+        kept = tl.where(upper, values[i + WIDTH], values[i])
+        given = tl.where(upper, values[i], values[i + WIDTH])
+        half = half + (kept + tl.gather(given, lane ^ WIDTH, 0),)
+    return half
+
+
+@triton.jit
+def sums_over_channels(values):
+    """32 vectors -> one, whose i-th lane holds the sum of the i-th: in 31 shuffles, not 160."""
+    return halve(halve(halve(halve(halve(values, 16), 8), 4), 2), 1)[0]
+
+
+@triton.jit
+def advance(h, A_n, step, dt_u, row, N: tl.constexpr):
+    """The states one frame on."""
+    new = ()
+    for n in tl.static_range(N):
+        new = new + (tl.exp2(step * A_n[n]) * h[n] + dt_u * broadcast(row, n),)
+    return new
+
+
+# One build for every number of frames and utterances.
+@triton.jit(do_not_specialize=["frames", "utterances", "reverse_from"])
+def backward_kernel(
+    u, dt, A, BC, D, z, dt_bias, lengths, starts, scratch, dy, dfinal,
+    du, ddt, dA, dBC, dD, dz, ddt_bias, dinitial,
+    frames, channels, utterances, reverse_from,
+    u_g, u_b, u_t, dt_g, dt_b, dt_t, z_g, z_b, z_t, dy_g, dy_b, dy_t,
+    SOFTPLUS: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """dA (scans, N, D), dD and ddt_bias (scans, D) are this scan's; dBC (scans, blocks, T, 2 N) is
+    this block of channels' share. The caller sums them, always in the same order.
+    """
+    scan, group, b, length, reverse = utterance(lengths, frames, utterances, reverse_from)
+    lane = tl.arange(0, CHANNELS)
+    d = tl.program_id(0) * CHANNELS + lane
+    d_mask = d < channels
+    d_read = tl.minimum(d, channels - 1)
+    block = scan * tl.num_programs(0) + tl.program_id(0)
+
+    A_n = load_states(A + group * N * channels, channels, d_read, N)
+    skip = parameter(D, group, channels, d_read)
+    bias = parameter(dt_bias, group, channels, d_read)
+    dD_sum = tl.zeros([CHANNELS], tl.float32)
+    ddt_sum = tl.zeros([CHANNELS], tl.float32)
+    none = tl.zeros([CHANNELS], tl.float32)
+    dA_n = ()
+    message = ()  # the gradient of the state after the frame at hand
+    for n in tl.static_range(N):
+        dA_n = dA_n + (none,)
+        if dfinal is None:
+            message = message + (none,)
+        else:
+            at = dfinal + (scan * N + n) * channels + d
+            message = message + (tl.load(at, mask=d_mask, other=0.0),)
+
+    u += group * u_g + b * u_b + d_read
+    dt += group * dt_g + b * dt_b + d_read
+    dy += group * dy_g + b * dy_b + d_read
+    BC += scan * frames * 2 * N
+    du += scan * frames * channels + d
+    ddt += scan * frames * channels + d
+    if z is not None:
+        z += group * z_g + b * z_b + d_read
+        dz += scan * frames * channels + d
+    dBC += block * frames * 2 * N + lane
+    scratch += block * (SEGMENT // CHUNK - 1) * N * CHANNELS
+    starts += scan * tl.cdiv(frames, SEGMENT) * N * channels
+
+    segments = tl.cdiv(length, SEGMENT)
+    for s in range(0, segments):
+        first = (segments - 1 - s) * SEGMENT
+        chunks = tl.cdiv(tl.minimum(length - first, SEGMENT), CHUNK)
+
+        # Forward to the last chunk.
+        h = load_states(starts + (segments - 1 - s) * N * channels, channels, d_read, N)
+        rows = ()
+        for i in tl.static_range(CHUNK):
+            t = position(first + i, length, reverse)
+            rows = rows + ((tl.load(u + t * u_t), tl.load(dt + t * dt_t), load_row(BC, t, N)),)
+        for c in range(0, chunks - 1):
+            store_states(scratch + c * N * CHANNELS, h, CHANNELS, lane, lane >= 0, N)
+            for i in tl.static_range(CHUNK):
+                row_u, row_dt, row = rows[0]
+                step, _slope = step_size(row_dt, bias, SOFTPLUS)
+                h = advance(h, A_n, step, step * row_u.to(tl.float32), row, N)
+                t = position(first + (c + 1) * CHUNK + i, length, reverse)
+                rows = rows[1:] + (
+                    (tl.load(u + t * u_t), tl.load(dt + t * dt_t), load_row(BC, t, N)),
+                )
+
+        # Backward from there.
+        rows = ()
+        for i in tl.static_range(CHUNK):
+            t = position(first + (chunks - 1) * CHUNK + i, length, reverse)
+            gate = 0.0 if z is None else tl.load(z + t * z_t)
+            rows = rows + (
+                (tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, tl.load(dy + t * dy_t),
+                 load_row(BC, t, N)),
+            )  # fmt: skip
+        start = h
+        for j in range(0, chunks):
+            c = chunks - 1 - j
+            k = first + c * CHUNK
+            states = (start,)  # before and after each frame
+            decays = ()
+            steps = ()
+            slopes = ()
+            for i in tl.static_range(CHUNK):
+                step, slope = step_size(rows[i][1], bias, SOFTPLUS)
+                step = tl.where(k + i < length, step, 0.0)
+                dt_u = step * rows[i][0].to(tl.float32)
+                decay = ()
+                new = ()
+                for n in tl.static_range(N):
+                    decay = decay + (tl.exp2(step * A_n[n]),)
+                    new = new + (decay[n] * states[i][n] + dt_u * broadcast(rows[i][4], n),)
+                states = states + (new,)
+                decays = decays + (decay,)
+                steps = steps + (step,)
+                slopes = slopes + (slope,)
+
+            ahead = ()
+            for i in tl.static_range(CHUNK - 1, -1, -1):
+                valid = k + i < length
+                t = position(k + i, length, reverse)
+                row = rows[i][4]
+                u_k = rows[i][0].to(tl.float32)
+                # A thread beyond the channels adds nothing to the sums over them.
+                dy_k = tl.where(valid & d_mask, rows[i][3].to(tl.float32), 0.0)
+                if z is not None:
+                    silu, silu_slope = silu_and_slope(rows[i][2])
+                    y_k = skip * u_k
+                    for n in tl.static_range(N):
+                        y_k += states[i + 1][n] * broadcast(row, N + n)
+                    dz_k = (dy_k * y_k * silu_slope).to(dz.dtype.element_ty)
+                    tl.store(dz + t * channels, dz_k, mask=d_mask & valid)
+                    dy_k *= silu
+
+                dt_u = steps[i] * u_k
+                ddt_u = none
+                dlog_A = none
+                dB = ()
+                dC = ()
+                new = ()
+                new_dA = ()
+                for n in tl.static_range(N):
+                    dh = message[n] + dy_k * broadcast(row, N + n)
+                    before = decays[i][n] * dh
+                    dlog = before * states[i][n]  # of dt A
+                    new = new + (before,)
+                    new_dA = new_dA + (dA_n[n] + dlog * steps[i],)
+                    ddt_u += dh * broadcast(row, n)
+                    dlog_A += dlog * A_n[n]
+                    dB = dB + (dh * dt_u,)
+                    dC = dC + (states[i + 1][n] * dy_k,)
+                message = new
+                dA_n = new_dA
+                shares = dB + dC
+                for _n in tl.static_range(CHANNELS - 2 * N):
+                    shares = shares + (none,)
+                in_row = valid & (lane < 2 * N)
+                tl.store(dBC + t * 2 * N, sums_over_channels(shares), mask=in_row)
+
+                # A is log2(e) times itself; ln(2) takes that back.
+                ddt_k = tl.where(valid, (dlog_A * LN2 + ddt_u * u_k) * slopes[i], 0.0)
+                ddt_sum += ddt_k
+                dD_sum += dy_k * u_k
+                du_k = ddt_u * steps[i] + dy_k * skip
+                tl.store(du + t * channels, du_k.to(du.dtype.element_ty), mask=d_mask & valid)
+                tl.store(ddt + t * channels, ddt_k.to(ddt.dtype.element_ty), mask=d_mask & valid)
+
+                t = position(k - CHUNK + i, length, reverse)
+                gate = 0.0 if z is None else tl.load(z + t * z_t)
+                ahead = (
+                    (tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, tl.load(dy + t * dy_t),
+                     load_row(BC, t, N)),
+                ) + ahead  # fmt: skip
+                if i == CHUNK // 2 - 1:
+                    at = scratch + tl.maximum(c - 1, 0) * N * CHANNELS
+                    start = load_states(at, CHANNELS, lane, N)
+            rows = ahead
+
+    for t in range(length, frames):
+        tl.store(du + t * channels, none.to(du.dtype.element_ty), mask=d_mask)
+        tl.store(ddt + t * channels, none.to(ddt.dtype.element_ty), mask=d_mask)
+        if z is not None:
+            tl.store(dz + t * channels, none.to(dz.dtype.element_ty), mask=d_mask)
+        tl.store(dBC + t * 2 * N, none, mask=lane < 2 * N)
+    store_states(dA + scan * N * channels, dA_n, channels, d, d_mask, N)
+    tl.store(dD + scan * channels + d, dD_sum, mask=d_mask)
+    tl.store(ddt_bias + scan * channels + d, ddt_sum, mask=d_mask)
+    if dinitial is not None:
+        store_states(dinitial + scan * N * channels, message, channels, d, d_mask, N)
+
+
+@triton.jit(do_not_specialize=["blocks", "numbers"])
+def sum_blocks_kernel(shares, total, blocks, numbers, TILE: tl.constexpr):
+    """shares (scans, blocks, numbers) -> total (scans, numbers), block after block."""
+    scan = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    shares += scan * blocks * numbers + i
+    sum = tl.zeros([TILE], tl.float32)
+    for _ in range(0, blocks):
+        sum += tl.load(shares, mask=i < numbers, other=0.0)
+        shares += numbers
+    tl.store(total + scan * numbers + i, sum, mask=i < numbers)
