@@ -20,21 +20,26 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
 
 
 @triton.jit
-def load_row(rows, t, stop, stride, mask):
-    """Row t of (T, channels); zero before the first and from stop on."""
-    return tl.load(rows + tl.cast(t, tl.int64) * stride, mask=mask & (t >= 0) & (t < stop), other=0)
+def row_at(rows, t, stride):
+    """Pointers to frame t; it is worked out once a chunk, as 64 bits are slow."""
+    return rows + tl.cast(t, tl.int64) * stride
 
 
 @triton.jit
-def store_row(rows, value, t, length, frames, channels, mask):
-    """Store frame t of a dense (T, channels), zero from the length on; nothing outside (0, T)."""
+def load_row(rows, i, stride, inside):
+    """The i-th row from rows on, zero where it is not inside."""
+    return tl.load(rows + i * stride, mask=inside, other=0)
+
+
+@triton.jit
+def store_row(rows, i, channels, value, t, length, inside):
+    """Store frame t in the i-th row from rows on, as zero from the length on."""
     value = tl.where(t < length, value, 0.0).to(rows.dtype.element_ty)
-    inside = mask & (t >= 0) & (t < frames)
-    tl.store(rows + tl.cast(t, tl.int64) * channels, value, mask=inside)
+    tl.store(rows + i * channels, value, mask=inside)
 
 
 @triton.jit
@@ -44,9 +49,10 @@ def load_taps(weight, bias, direction, d, channels, mask, WIDTH: tl.constexpr):
     taps = ()
     for k in tl.static_range(WIDTH):
         taps = taps + (tl.load(weight + row * WIDTH + k, mask=mask, other=0).to(tl.float32),)
-    if bias is None:
-        return taps + (tl.zeros_like(taps[0]),)
-    return taps + (tl.load(bias + row, mask=mask, other=0).to(tl.float32),)
+    last = tl.zeros(d.shape, tl.float32)
+    if bias is not None:
+        last = tl.load(bias + row, mask=mask, other=0).to(tl.float32)
+    return taps + (last,)
 
 
 @triton.jit
@@ -60,7 +66,7 @@ def convolve(taps, window, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def activate(pre, SILU: tl.constexpr):
-    return pre * sigmoid(pre) if SILU else pre
+    return pre / (1.0 + tl.exp2(pre * -LOG2E)) if SILU else pre
 
 
 @triton.jit
@@ -90,9 +96,12 @@ def forward_kernel(
     first = tl.program_id(1) * tile - (WIDTH - 1)
     last = tl.minimum(first + tile, frames)
     stop = tl.minimum(last + WIDTH - 1, length)  # of the inputs
-    x += b * x_b + d
+    # Pointers follow the newest frame of the window, y_reverse the oldest.
+    newest = first + WIDTH - 1
+    x = row_at(x + b * x_b + d, newest, x_t)
     y += b * frames * channels + d
-    y_reverse = y
+    y_reverse = row_at(y, first, channels)
+    y = row_at(y, newest, channels)
     if FORWARD:
         y_reverse += tl.num_programs(2).to(tl.int64) * frames * channels
         taps = load_taps(weight, bias, 0, d, channels, mask, WIDTH)
@@ -101,35 +110,43 @@ def forward_kernel(
 
     window = ()
     for k in tl.static_range(WIDTH - 1):
-        window = window + (load_row(x, first + k, stop, x_t, mask).to(tl.float32),)
+        inside = mask & (first + k >= 0) & (first + k < stop)
+        window = window + (load_row(x, k - WIDTH + 1, x_t, inside).to(tl.float32),)
     rows = ()
     for i in tl.static_range(CHUNK):
-        rows = rows + (load_row(x, first + WIDTH - 1 + i, stop, x_t, mask),)
-    for start in range(first, last, CHUNK):
+        rows = rows + (load_row(x, i, x_t, mask & (newest + i < stop)),)
+    for s in range(first, last, CHUNK):
+        t = s + WIDTH - 1
+        x += CHUNK * x_t
         ahead = ()
         for i in tl.static_range(CHUNK):
-            ahead = ahead + (load_row(x, start + CHUNK + WIDTH - 1 + i, stop, x_t, mask),)
+            ahead = ahead + (load_row(x, i, x_t, mask & (t + CHUNK + i < stop)),)
         for i in tl.static_range(CHUNK):
             window = window + (rows[i].to(tl.float32),)
             if FORWARD:
                 value = activate(convolve(taps, window, WIDTH, False), SILU)
-                store_row(y, value, start + i + WIDTH - 1, length, frames, channels, mask)
+                store_row(y, i, channels, value, t + i, length, mask & (t + i < frames))
             if REVERSE:
                 value = activate(convolve(taps_reverse, window, WIDTH, True), SILU)
-                store_row(y_reverse, value, start + i, length, frames, channels, mask)
+                inside = mask & (s + i >= 0) & (s + i < frames)
+                store_row(y_reverse, i, channels, value, s + i, length, inside)
             window = window[1:]
+        y += CHUNK * channels
+        y_reverse += CHUNK * channels
         rows = ahead
 
 
 @triton.jit
 def backward_rows(
-    x, dy, dy_reverse, s, stop, x_t, dy_t, mask,
+    x, dy, dy_reverse, i, s, stop, x_t, dy_t, mask,
     WIDTH: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """x and dy at s + K - 1, reverse dy at s: what step s adds to the windows."""
-    row_x = load_row(x, s + WIDTH - 1, stop, x_t, mask)
-    row_dy = load_row(dy, s + WIDTH - 1, stop, dy_t, mask) if FORWARD else row_x
-    row_reverse = load_row(dy_reverse, s, stop, dy_t, mask) if REVERSE else row_x
+    """x and dy at s + K - 1, reverse dy at s: what step s adds to the windows. Rows as for x."""
+    inside = mask & (s + WIDTH - 1 < stop)
+    row_x = load_row(x, i, x_t, inside)
+    row_dy = load_row(dy, i, dy_t, inside) if FORWARD else row_x
+    inside = mask & (s >= 0) & (s < stop)
+    row_reverse = load_row(dy_reverse, i, dy_t, inside) if REVERSE else row_x
     return row_x, row_dy, row_reverse
 
 
@@ -160,10 +177,13 @@ def backward_kernel(
     first = tl.program_id(1) * tile
     last = tl.minimum(first + tile, frames)
     stop = tl.minimum(last + WIDTH - 1, length)  # of the inputs
-    x += b * x_b + d
+    # Pointers follow the newest frame of the window, dy_reverse and dx the oldest.
+    newest = first + WIDTH - 1
+    x = row_at(x + b * x_b + d, newest, x_t)
     dy += b * dy_b + d
-    dy_reverse = dy
-    dx += b * frames * channels + d
+    dy_reverse = row_at(dy, first, dy_t)
+    dy = row_at(dy, newest, dy_t)
+    dx = row_at(dx + b * frames * channels + d, first, channels)
     zero = tl.zeros([CHANNELS], tl.float32)
     # Without a direction its tuples stay empty; they are named all the same, for the loop.
     taps, ds, sums = (), (), ()
@@ -180,10 +200,12 @@ def backward_kernel(
 
     window = ()
     for k in tl.static_range(WIDTH - 1):
-        window = window + (load_row(x, first - WIDTH + 1 + k, stop, x_t, mask).to(tl.float32),)
-    for i in tl.static_range(WIDTH - 1):
+        t = first - WIDTH + 1 + k
+        row_x = load_row(x, k - 2 * WIDTH + 2, x_t, mask & (t >= 0) & (t < stop))
+        window = window + (row_x.to(tl.float32),)
+    for i in tl.static_range(1 - WIDTH, 0):
         row_x, row_dy, row_reverse = backward_rows(
-            x, dy, dy_reverse, first - WIDTH + 1 + i, stop, x_t, dy_t, mask, WIDTH, FORWARD, REVERSE
+            x, dy, dy_reverse, i, first + i, stop, x_t, dy_t, mask, WIDTH, FORWARD, REVERSE
         )
         window = window + (row_x.to(tl.float32),)
         if FORWARD:
@@ -196,13 +218,16 @@ def backward_kernel(
     rows = ()
     for i in tl.static_range(CHUNK):
         rows = rows + backward_rows(
-            x, dy, dy_reverse, first + i, stop, x_t, dy_t, mask, WIDTH, FORWARD, REVERSE
+            x, dy, dy_reverse, i, first + i, stop, x_t, dy_t, mask, WIDTH, FORWARD, REVERSE
         )
-    for start in range(first, last, CHUNK):
+    for s in range(first, last, CHUNK):
+        x += CHUNK * x_t
+        dy += CHUNK * dy_t
+        dy_reverse += CHUNK * dy_t
         ahead = ()
         for i in tl.static_range(CHUNK):
             ahead = ahead + backward_rows(
-                x, dy, dy_reverse, start + CHUNK + i, stop, x_t, dy_t, mask, WIDTH, FORWARD, REVERSE
+                x, dy, dy_reverse, i, s + CHUNK + i, stop, x_t, dy_t, mask, WIDTH, FORWARD, REVERSE
             )
         for i in tl.static_range(CHUNK):
             window = window + (rows[3 * i].to(tl.float32),)
@@ -225,8 +250,9 @@ def backward_kernel(
                     added = added + (sums_reverse[k] + window[0] * ds_reverse[k],)
                 sums_reverse = added + (sums_reverse[WIDTH] + ds_reverse[WIDTH - 1],)
                 ds_reverse = ds_reverse[1:]
-            store_row(dx, dx_s, start + i, length, frames, channels, mask)
+            store_row(dx, i, channels, dx_s, s + i, length, mask & (s + i < frames))
             window = window[1:]
+        dx += CHUNK * channels
         rows = ahead
 
     program = b * tl.num_programs(1) + tl.program_id(1)
