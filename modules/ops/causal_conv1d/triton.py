@@ -15,12 +15,12 @@ from modules.ops.backends import OK, Call
 from modules.ops.selective_scan.triton import availability, interpreting  # noqa: F401
 
 CHANNELS = 128  # a program's, two a thread: a warp reads 128 bytes of bf16 at once
-CHUNK = 8  # frames loaded ahead in the forward
-BACKWARD_CHUNK = 4  # in the backward, of up to three tensors
-# Frames a program, at most. The backward writes sums of 4 (K + 1) bytes a channel and direction
-# for each, the forward reads as much. B 32, T 400, D 1024 make 1024 programs, which fit an H200
-# at once.
-FRAMES = 128
+CHUNK = 4  # frames loaded ahead
+# Frames a program, at most; each reads its taps again, and in the backward writes sums of
+# 4 (K + 1) bytes a channel and direction. B 32, T 400, D 1024 make 1792 and 1024 programs: by
+# their registers an H200 holds all of them at once.
+FRAMES = 64
+BACKWARD_FRAMES = 128
 
 
 def supports(call: Call) -> str:
@@ -60,7 +60,7 @@ class _TritonConv(torch.autograd.Function):
         width = weights.shape[2]
         ctx.options = {"FORWARD": forward, "REVERSE": reverse, "SILU": activation == "silu"}
         y = torch.empty(len(weights), *x.shape, dtype=x.dtype, device=x.device)
-        tiles, tile = _tiles(frames + width - 1, FRAMES, CHUNK)
+        tiles, tile = _tiles(frames + width - 1, FRAMES)
         _launch(
             forward_kernel,
             (x, weights, biases, lengths, y),
@@ -68,7 +68,6 @@ class _TritonConv(torch.autograd.Function):
             (tiles, batch),
             **ctx.options,
             WIDTH=width,
-            CHUNK=CHUNK,
         )
         ctx.save_for_backward(x, weights, biases, lengths)
         return y
@@ -83,7 +82,7 @@ class _TritonConv(torch.autograd.Function):
         directions, _, width = weights.shape
         dy = _rows(dy)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        tiles, tile = _tiles(frames, FRAMES, BACKWARD_CHUNK)
+        tiles, tile = _tiles(frames, BACKWARD_FRAMES)
         shape = (batch * tiles, directions, width + 1, channels)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         _launch(
@@ -93,7 +92,6 @@ class _TritonConv(torch.autograd.Function):
             (tiles, batch),
             **ctx.options,
             WIDTH=width,
-            CHUNK=BACKWARD_CHUNK,
         )
         total = partial.sum(0)
         dweights = total[:, :width].transpose(1, 2).to(weights.dtype)
@@ -106,10 +104,10 @@ def _rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _tiles(steps, longest, chunk):
+def _tiles(steps, longest):
     """-> how many programs share so many steps, and the steps of each: whole chunks, even shares"""
     tiles = -(-steps // longest)
-    tile = -(-steps // (tiles * chunk)) * chunk
+    tile = -(-steps // (tiles * CHUNK)) * CHUNK
     return -(-steps // tile), tile
 
 
@@ -120,5 +118,10 @@ def _launch(kernel, tensors, numbers, programs, **constants):
     # Triton launches on the current device, whatever the tensors' own.
     with torch.cuda.device_of(tensors[0]):
         kernel[(-(-channels // CHANNELS), *programs)](
-            *tensors, *numbers, **constants, CHANNELS=CHANNELS, num_warps=CHANNELS // 64
+            *tensors,
+            *numbers,
+            **constants,
+            CHUNK=CHUNK,
+            CHANNELS=CHANNELS,
+            num_warps=CHANNELS // 64,
         )
