@@ -86,8 +86,8 @@ def backward_kernel(
         if dfinal is None:
             message = message + (none,)
         else:
-            at = dfinal + (scan * N + n) * channels + d
-            message = message + (tl.load(at, mask=d_mask, other=0.0),)
+            last = dfinal + (scan * N + n) * channels + d
+            message = message + (tl.load(last, mask=d_mask, other=0.0),)
 
     u += group * u_g + b * u_b + d_read
     dt += group * dt_g + b * dt_b + d_read
