@@ -152,6 +152,18 @@ def test_views_of_projections_with_garbage_in_the_padding(reverse, garbage, fres
 
 
 @runs_kernels
+@pytest.mark.parametrize("reverse, leave_out", [(True, ()), (False, ("z", "initial_state"))])
+def test_time_in_pieces(reverse, leave_out, monkeypatch):
+    """Pieces of 32 frames: a full one, one cut by the length, one without any valid frame."""
+    monkeypatch.setattr(triton, "LEAST", 16)
+    frames = 70
+    launch = triton._Launch((1, 3, frames, 20), 4, 0, True)
+    assert (launch.pieces, launch.piece_frames) == (3, 32)
+    leaves = leaves_of(torch.float32, frames, 20, 4, leave_out=leave_out)
+    assert_close(leaves, 1e-5, lengths=lengths_of(frames), reverse=reverse)
+
+
+@runs_kernels
 def test_both_directions_at_once_equal_two_scans():
     """Also with one gradient for both, as the gate around them gives it."""
     frames, channels, states = 38, 33, 16
@@ -284,14 +296,20 @@ def test_never_chosen_on_a_cpu(monkeypatch):
 @pytest.mark.parametrize(
     "dtype, states, absent",
     [
-        ("bf16", 16, {"z", "dz", "initial", "dfinal", "dinitial"}),
+        ("bf16", 16, {"z", "dz", "initial", "dfinal", "dinitial", "total"}),
         ("fp32", 4, {"D", "dt_bias", "lengths"}),
     ],
 )
 def test_compiles_for_an_h200(dtype, states, absent):
     from modules.ops.selective_scan.triton_backward import backward_kernel
     from modules.ops.selective_scan.triton_kernels import forward_kernel
+    from modules.ops.selective_scan.triton_sums import message_kernel
 
+    if "total" not in absent:
+        absent = absent | {"total"}
+        first_pass = absent | {"y", "starts", "z", "initial"}
+        assert compile_kernel(forward_kernel, dtype, states, first_pass - {"total"})[1] == 0
+        assert compile_kernel(message_kernel, dtype, states, absent)[1] == 0
     for kernel, most in ((forward_kernel, 128), (backward_kernel, 255)):
         registers, spilled = compile_kernel(kernel, dtype, states, absent)
         assert registers <= most
@@ -305,10 +323,10 @@ def compile_kernel(kernel, dtype, states, absent):
     from triton.compiler import ASTSource
 
     constants = dict.fromkeys(absent & set(kernel.arg_names))
-    constants |= {"SOFTPLUS": True, "N": states}
-    constants |= {"CHUNK": triton.CHUNK, "SEGMENT": triton.SEGMENT}
+    given = {"SOFTPLUS": True, "N": states, "CHUNK": triton.CHUNK, "SEGMENT": triton.SEGMENT}
+    constants |= {name: x for name, x in given.items() if name in kernel.arg_names}
     rows = {"u", "dt", "z", "y", "dy", "du", "ddt", "dz"}
-    numbers = {"frames", "channels", "utterances", "reverse_from"}
+    numbers = {"frames", "piece_frames", "channels", "utterances", "reverse_from"}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:

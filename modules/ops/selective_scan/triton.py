@@ -6,8 +6,9 @@ and sums are float32 whatever the dtype of the inputs, and no result depends on 
 programs run: two runs agree bit by bit.
 
 The forward keeps a float32 state every SEGMENT frames: with N states 4 N / SEGMENT bytes a frame
-and channel; the backward computes the rest again. Parallel over utterances, directions and blocks
-of channels alone, so a single very long utterance leaves most of the card idle.
+and channel; the backward computes the rest again. Where utterances, directions and blocks of
+channels are too few to fill the card, time is cut into pieces as well, at the price of a third more
+work (see `triton_sums`).
 
 TRITON_INTERPRET=1 (set before triton is imported) runs the kernels on a CPU, for tests.
 """
@@ -25,6 +26,8 @@ CHANNELS = 32  # a program's
 STATES = 16  # a program's at most: more do not fit its registers
 CHUNK = 4  # frames loaded ahead, and held in registers by the backward
 SEGMENT = 32  # frames between kept states
+ENOUGH = 1024  # programs that fill a large card
+LEAST = 512  # frames a piece, at least
 
 
 def availability() -> str:
@@ -116,95 +119,141 @@ class _TritonScan(torch.autograd.Function):
     ):
         from modules.ops.selective_scan.triton_kernels import forward_kernel
 
-        groups, batch, frames, channels = u.shape
+        groups, batch, _, channels = u.shape
         states = A.shape[2]
         u, dt, z = (_rows(x) for x in (u, dt, z))
         BC = torch.cat((B, C), dim=-1).float().contiguous()
         A_t = _scaled(A)
         D, dt_bias, lengths = (None if x is None else x.contiguous() for x in (D, dt_bias, lengths))
+        launch = _Launch(u.shape, states, reverse_from, softplus)
         y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-        final = A_t.new_empty(groups, batch, states, channels)
-        segments = -(-frames // SEGMENT)
-        starts = A_t.new_empty(groups, batch, segments, states, channels) if keep else None
-        _launch(
-            forward_kernel,
-            (u, dt, A_t, BC, D, z, dt_bias, lengths, _state(initial_state), y, final, starts),
-            (u, dt, z),
-            y.shape,
-            states,
-            reverse_from,
-            softplus,
-        )
-        ctx.save_for_backward(u, dt, A, BC, D, z, dt_bias, lengths, starts)
-        ctx.options = (states, reverse_from, softplus)
+        final = A_t.new_empty(groups, batch, launch.pieces, states, channels)
+        segments = -(-launch.piece_frames // SEGMENT)
+        starts = A_t.new_empty(*final.shape[:3], segments, *final.shape[3:]) if keep else None
+        total = None
+        initial = _state(initial_state)
+        inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths)
+        options = {"strided": (u, dt, z), "CHUNK": CHUNK, "SEGMENT": SEGMENT}
+        if launch.pieces > 1:
+            total = A_t.new_empty(*final.shape[:3], channels)
+            launch(forward_kernel, (*inputs, None, None, final, None, total), **options)
+            initial, last = launch.chain(final, total, A_t, initial, backwards=False)
+        launch(forward_kernel, (*inputs, initial, y, final, starts, None), **options)
+        if launch.pieces == 1:
+            last = final.squeeze(2)
+        ctx.save_for_backward(u, dt, A, BC, D, z, dt_bias, lengths, starts, total)
+        ctx.launch = launch
         ctx.dtypes = (B.dtype, C.dtype, None if initial_state is None else initial_state.dtype)
         ctx.set_materialize_grads(False)
-        return y, final.transpose(2, 3)
+        return y, last.transpose(2, 3)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dfinal):
         from modules.ops.selective_scan.triton_backward import backward_kernel
+        from modules.ops.selective_scan.triton_sums import message_kernel
 
-        u, dt, A, BC, D, z, dt_bias, lengths, starts = ctx.saved_tensors
-        states = ctx.options[0]
-        groups, batch, frames, channels = u.shape
+        u, dt, A, BC, D, z, dt_bias, lengths, starts, total = ctx.saved_tensors
+        launch = ctx.launch
+        groups, batch, pieces, _, states, channels = starts.shape
         dy = torch.zeros_like(u) if dy is None else _rows(dy)
         A_t = _scaled(A)
         du, ddt, dz = (
             None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
             for x in (u, dt, z)
         )
-        blocks = -(-channels // CHANNELS)
-        scratch = A_t.new_empty(groups * batch * blocks, SEGMENT // CHUNK - 1, states, CHANNELS)
-        dA = A_t.new_empty(groups, batch, states, channels)
-        dBC = A_t.new_empty(groups, batch, blocks, frames, 2 * states)
-        dD, ddt_bias = A_t.new_empty(2, groups, batch, channels)
-        dinitial = None if ctx.dtypes[2] is None else torch.empty_like(dA)
-        inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths, starts, scratch, dy, _state(dfinal))
+        blocks = launch.blocks
+        scratch = A_t.new_empty(
+            groups * batch * pieces * blocks, SEGMENT // CHUNK - 1, states, CHANNELS
+        )
+        dA = A_t.new_empty(groups, batch, pieces, states, channels)
+        dBC = A_t.new_empty(groups, batch, blocks, u.shape[2], 2 * states)
+        dD, ddt_bias = A_t.new_empty(2, groups, batch, pieces, channels)
+        needs_initial = ctx.dtypes[2] is not None
+        dinitial = torch.empty_like(dA) if needs_initial and pieces == 1 else None
+        dfinal = _state(dfinal)
+        if pieces > 1:
+            before = torch.empty_like(dA)
+            inputs = (dt, A_t, BC, z, dt_bias, lengths, dy, before)
+            launch(message_kernel, inputs, strided=(dt, z, dy), CHUNK=CHUNK)
+            dfinal, first = launch.chain(before, total, A_t, dfinal, backwards=True)
+        inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths, starts, scratch, dy, dfinal)
         gradients = (du, ddt, dA, dBC, dD, dz, ddt_bias, dinitial)
-        _launch(backward_kernel, (*inputs, *gradients), (u, dt, z, dy), u.shape, *ctx.options)
+        options = {"strided": (u, dt, z, dy), "CHUNK": CHUNK, "SEGMENT": SEGMENT}
+        launch(backward_kernel, (*inputs, *gradients), **options)
+        if pieces == 1:
+            first = dinitial.squeeze(2) if needs_initial else None
         dB, dC = _sum_blocks(dBC).split(states, dim=-1)
         return (
             du,
             ddt,
-            dA.sum(1).transpose(1, 2).to(A.dtype),
+            dA.sum((1, 2)).transpose(1, 2).to(A.dtype),
             dB.to(ctx.dtypes[0]),
             dC.to(ctx.dtypes[1]),
-            None if D is None else dD.sum(1).to(D.dtype),
+            None if D is None else dD.sum((1, 2)).to(D.dtype),
             dz,
-            None if dt_bias is None else ddt_bias.sum(1).to(dt_bias.dtype),
-            None if dinitial is None else dinitial.transpose(2, 3).to(ctx.dtypes[2]),
+            None if dt_bias is None else ddt_bias.sum((1, 2)).to(dt_bias.dtype),
+            first.transpose(2, 3).to(ctx.dtypes[2]) if needs_initial else None,
             *(None,) * 4,
         )
 
 
-def _launch(kernel, tensors, strided, shape, states, reverse_from, softplus):
-    """Run a program a scan and block of channels; strided: those that need not be dense."""
-    groups, batch, frames, channels = shape
-    if batch == 0:
-        return
-    strides = [s for x in strided for s in ((0, 0, 0) if x is None else x.stride()[:3])]
-    # Triton launches on the current device, whatever the tensors' own.
-    with torch.cuda.device_of(tensors[0]):
-        kernel[(-(-channels // CHANNELS), groups * batch)](
-            *tensors,
-            frames,
-            channels,
-            batch,
-            reverse_from,
-            *strides,
-            SOFTPLUS=softplus,
-            N=states,
-            CHUNK=CHUNK,
-            SEGMENT=SEGMENT,
-            num_warps=1,
-        )
+class _Launch:
+    """Runs kernels over a shape's pieces, scans and blocks of channels."""
+
+    def __init__(self, shape, states, reverse_from, softplus):
+        self.groups, self.batch, self.frames, self.channels = shape
+        self.states, self.reverse_from, self.softplus = states, reverse_from, softplus
+        self.blocks = -(-self.channels // CHANNELS)
+        programs = max(self.groups * self.batch * self.blocks, 1)
+        pieces = max(min(ENOUGH // programs, self.frames // LEAST), 1)
+        # Whole segments a piece.
+        self.piece_frames = -(-self.frames // (pieces * SEGMENT)) * SEGMENT
+        if pieces == 1:
+            self.piece_frames = self.frames
+        self.pieces = -(-self.frames // self.piece_frames)
+
+    def __call__(self, kernel, tensors, strided, **constants):
+        """strided: the tensors whose rows need not be dense."""
+        if self.batch == 0:
+            return
+        strides = [s for x in strided for s in ((0, 0, 0) if x is None else x.stride()[:3])]
+        # Triton launches on the current device, whatever the tensors' own.
+        with torch.cuda.device_of(tensors[0]):
+            kernel[(self.blocks, self.groups * self.batch * self.pieces)](
+                *tensors,
+                self.frames,
+                self.piece_frames,
+                self.channels,
+                self.batch,
+                self.reverse_from,
+                *strides,
+                SOFTPLUS=self.softplus,
+                N=self.states,
+                **constants,
+                num_warps=1,
+            )
+
+    def chain(self, local, total, A_t, initial, backwards):
+        """-> the state with which each piece begins, as local; what comes out at the end."""
+        from modules.ops.selective_scan.triton_sums import chain_kernel
+
+        starts, last = torch.empty_like(local), torch.empty_like(local[:, :, 0])
+        numbers, tile = self.states * self.channels, 128
+        if self.batch > 0:
+            with torch.cuda.device_of(local):
+                chain_kernel[(-(-numbers // tile), self.groups * self.batch)](
+                    *(local, total, A_t, initial, starts, last),
+                    *(numbers, self.channels, self.pieces, self.batch, self.reverse_from),
+                    BACKWARDS=backwards,
+                    TILE=tile,
+                )
+        return starts, last
 
 
 def _sum_blocks(shares):
     """(G, B, blocks, T, N) -> (G, B, T, N), always in the same order."""
-    from modules.ops.selective_scan.triton_backward import sum_blocks_kernel
+    from modules.ops.selective_scan.triton_sums import sum_blocks_kernel
 
     groups, batch, blocks, frames, states = shares.shape
     total = shares.new_empty(groups, batch, frames, states)

@@ -16,11 +16,11 @@ from modules.ops.selective_scan.triton_kernels import (
     load_row,
     load_states,
     parameter,
+    place,
     position,
     silu_and_slope,
     step_size,
     store_states,
-    utterance,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -55,23 +55,24 @@ def advance(h, A_n, step, dt_u, row, N: tl.constexpr):
 
 
 # One build for every number of frames and utterances.
-@triton.jit(do_not_specialize=["frames", "utterances", "reverse_from"])
+@triton.jit(do_not_specialize=["frames", "piece_frames", "utterances", "reverse_from"])
 def backward_kernel(
     u, dt, A, BC, D, z, dt_bias, lengths, starts, scratch, dy, dfinal,
     du, ddt, dA, dBC, dD, dz, ddt_bias, dinitial,
-    frames, channels, utterances, reverse_from,
+    frames, piece_frames, channels, utterances, reverse_from,
     u_g, u_b, u_t, dt_g, dt_b, dt_t, z_g, z_b, z_t, dy_g, dy_b, dy_t,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """dA (scans, N, D), dD and ddt_bias (scans, D) are this scan's; dBC (scans, blocks, T, 2 N) is
-    this block of channels' share. The caller sums them, always in the same order.
+    """dA (pieces, N, D), dD and ddt_bias (pieces, D) are this piece's; dBC (scans, blocks, T, 2 N)
+    is this block of channels' share. The caller sums them, always in the same order.
     """
-    scan, group, b, length, reverse = utterance(lengths, frames, utterances, reverse_from)
+    piece, scan, group, b, begin, own_frames, length, reverse = place(
+        lengths, frames, piece_frames, utterances, reverse_from
+    )
     lane = tl.arange(0, CHANNELS)
     d = tl.program_id(0) * CHANNELS + lane
     d_mask = d < channels
     d_read = tl.minimum(d, channels - 1)
-    block = scan * tl.num_programs(0) + tl.program_id(0)
 
     A_n = load_states(A + group * N * channels, channels, d_read, N)
     skip = parameter(D, group, channels, d_read)
@@ -86,21 +87,22 @@ def backward_kernel(
         if dfinal is None:
             message = message + (none,)
         else:
-            last = dfinal + (scan * N + n) * channels + d
+            last = dfinal + (piece * N + n) * channels + d
             message = message + (tl.load(last, mask=d_mask, other=0.0),)
 
-    u += group * u_g + b * u_b + d_read
-    dt += group * dt_g + b * dt_b + d_read
-    dy += group * dy_g + b * dy_b + d_read
-    BC += scan * frames * 2 * N
-    du += scan * frames * channels + d
-    ddt += scan * frames * channels + d
+    u += group * u_g + b * u_b + begin * u_t + d_read
+    dt += group * dt_g + b * dt_b + begin * dt_t + d_read
+    dy += group * dy_g + b * dy_b + begin * dy_t + d_read
+    BC += (scan * frames + begin) * 2 * N
+    du += (scan * frames + begin) * channels + d
+    ddt += (scan * frames + begin) * channels + d
     if z is not None:
-        z += group * z_g + b * z_b + d_read
-        dz += scan * frames * channels + d
-    dBC += block * frames * 2 * N + lane
-    scratch += block * (SEGMENT // CHUNK - 1) * N * CHANNELS
-    starts += scan * tl.cdiv(frames, SEGMENT) * N * channels
+        z += group * z_g + b * z_b + begin * z_t + d_read
+        dz += (scan * frames + begin) * channels + d
+    blocks = tl.num_programs(0)
+    dBC += ((scan * blocks + tl.program_id(0)) * frames + begin) * 2 * N + lane
+    scratch += (piece * blocks + tl.program_id(0)) * (SEGMENT // CHUNK - 1) * N * CHANNELS
+    starts += piece * tl.cdiv(piece_frames, SEGMENT) * N * channels
 
     segments = tl.cdiv(length, SEGMENT)
     for s in range(0, segments):
@@ -216,27 +218,14 @@ def backward_kernel(
                     start = load_states(at, CHANNELS, lane, N)
             rows = ahead
 
-    for t in range(length, frames):
+    for t in range(length, own_frames):
         tl.store(du + t * channels, none.to(du.dtype.element_ty), mask=d_mask)
         tl.store(ddt + t * channels, none.to(ddt.dtype.element_ty), mask=d_mask)
         if z is not None:
             tl.store(dz + t * channels, none.to(dz.dtype.element_ty), mask=d_mask)
         tl.store(dBC + t * 2 * N, none, mask=lane < 2 * N)
-    store_states(dA + scan * N * channels, dA_n, channels, d, d_mask, N)
-    tl.store(dD + scan * channels + d, dD_sum, mask=d_mask)
-    tl.store(ddt_bias + scan * channels + d, ddt_sum, mask=d_mask)
+    store_states(dA + piece * N * channels, dA_n, channels, d, d_mask, N)
+    tl.store(dD + piece * channels + d, dD_sum, mask=d_mask)
+    tl.store(ddt_bias + piece * channels + d, ddt_sum, mask=d_mask)
     if dinitial is not None:
-        store_states(dinitial + scan * N * channels, message, channels, d, d_mask, N)
-
-
-@triton.jit(do_not_specialize=["blocks", "numbers"])
-def sum_blocks_kernel(shares, total, blocks, numbers, TILE: tl.constexpr):
-    """shares (scans, blocks, numbers) -> total (scans, numbers), block after block."""
-    scan = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    shares += scan * blocks * numbers + i
-    sum = tl.zeros([TILE], tl.float32)
-    for _ in range(0, blocks):
-        sum += tl.load(shares, mask=i < numbers, other=0.0)
-        shares += numbers
-    tl.store(total + scan * numbers + i, sum, mask=i < numbers)
+        store_states(dinitial + piece * N * channels, message, channels, d, d_mask, N)

@@ -9,7 +9,8 @@ next CHUNK frames are on their way while the current ones are computed.
 
 One launch serves one direction or both: scans are numbered group by group, a group has a set of
 parameters and `utterances` scans, and from scan `reverse_from` on time runs from an utterance's
-last frame to its first.
+last frame to its first. A scan of many frames may be cut into pieces, a program each; without
+pieces, piece_frames is the number of frames.
 
 d numbers channels, n states, k frames in the order of the scan, t frames in time. A comes
 multiplied by log2(e), so that exp(dt A) is one exp2. A tuple holds a vector of channels a state.
@@ -65,16 +66,28 @@ def position(k, length, reverse):
 
 
 @triton.jit
-def utterance(lengths, frames, utterances, reverse_from):
-    """The program's scan, its group and utterance, the length, whether time runs backwards."""
-    scan = tl.program_id(1)
+def place(lengths, frames, piece_frames, utterances, reverse_from):
+    """What the program scans.
+
+    -> piece (over all scans), scan, its group, its utterance, the piece's first frame, its frames,
+    how many of them are valid, whether time runs backwards
+    """
+    piece = tl.program_id(1)
+    pieces = tl.cdiv(frames, piece_frames)
+    scan = piece // pieces
+    first = (piece % pieces) * piece_frames
     group = scan // utterances
     b = scan % utterances
     length = frames
     if lengths is not None:
-        length = tl.load(lengths + b)
-        length = tl.minimum(tl.maximum(length, 0), frames).to(tl.int32)
-    return scan.to(tl.int64), group.to(tl.int64), b.to(tl.int64), length, scan >= reverse_from
+        length = tl.minimum(tl.load(lengths + b), frames).to(tl.int32)
+    frames = tl.minimum(frames - first, piece_frames)
+    length = tl.minimum(tl.maximum(length - first, 0), frames)
+    reverse = scan >= reverse_from
+    return (
+        piece.to(tl.int64), scan.to(tl.int64), group.to(tl.int64), b.to(tl.int64),
+        first.to(tl.int64), frames, length, reverse,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -120,16 +133,22 @@ def broadcast(row, i):
 
 
 # One build for every number of frames and utterances.
-@triton.jit(do_not_specialize=["frames", "utterances", "reverse_from"])
+@triton.jit(do_not_specialize=["frames", "piece_frames", "utterances", "reverse_from"])
 def forward_kernel(
     u, dt, A, BC, D, z, dt_bias, lengths, initial,
-    y, final, starts,
-    frames, channels, utterances, reverse_from,
+    y, final, starts, total,
+    frames, piece_frames, channels, utterances, reverse_from,
     u_g, u_b, u_t, dt_g, dt_b, dt_t, z_g, z_b, z_t,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """starts (scans, segments, N, D), if any, gets the state before every SEGMENT frames."""
-    scan, group, b, length, reverse = utterance(lengths, frames, utterances, reverse_from)
+    """final (pieces, N, D) gets the state after the last frame.
+
+    If wanted, y gets the result, starts (pieces, segments, N, D) the state before every SEGMENT
+    frames, total (pieces, D) the sum of the steps.
+    """
+    piece, scan, group, b, first, own_frames, length, reverse = place(
+        lengths, frames, piece_frames, utterances, reverse_from
+    )
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     d_mask = d < channels
     d_read = tl.minimum(d, channels - 1)  # loads without a mask; what it says too much, none stores
@@ -142,15 +161,17 @@ def forward_kernel(
         for _n in tl.static_range(N):
             h = h + (tl.zeros([CHANNELS], tl.float32),)
     else:
-        h = load_states(initial + scan * N * channels, channels, d_read, N)
-    u += group * u_g + b * u_b + d_read
-    dt += group * dt_g + b * dt_b + d_read
+        h = load_states(initial + piece * N * channels, channels, d_read, N)
+    u += group * u_g + b * u_b + first * u_t + d_read
+    dt += group * dt_g + b * dt_b + first * dt_t + d_read
     if z is not None:
-        z += group * z_g + b * z_b + d_read
-    BC += scan * frames * 2 * N
-    y += scan * frames * channels + d
+        z += group * z_g + b * z_b + first * z_t + d_read
+    BC += (scan * frames + first) * 2 * N
+    if y is not None:
+        y += (scan * frames + first) * channels + d
     if starts is not None:
-        starts += scan * tl.cdiv(frames, SEGMENT) * N * channels
+        starts += piece * tl.cdiv(piece_frames, SEGMENT) * N * channels
+    steps = tl.zeros([CHANNELS], tl.float32)
 
     if length > 0:
         rows = ()
@@ -170,6 +191,7 @@ def forward_kernel(
                 u_k = row_u.to(tl.float32)
                 step, _slope = step_size(row_dt, bias, SOFTPLUS)
                 step = tl.where(k + i < length, step, 0.0)
+                steps += step
                 dt_u = step * u_k
                 new = ()
                 y_even = skip * u_k  # two sums: half the wait for each other
@@ -177,18 +199,20 @@ def forward_kernel(
                 for n in tl.static_range(N):
                     h_n = tl.exp2(step * A_n[n]) * h[n] + dt_u * broadcast(row, n)
                     new = new + (h_n,)
-                    if n % 2 == 0:
-                        y_even += h_n * broadcast(row, N + n)
-                    else:
-                        y_odd += h_n * broadcast(row, N + n)
+                    if y is not None:
+                        if n % 2 == 0:
+                            y_even += h_n * broadcast(row, N + n)
+                        else:
+                            y_odd += h_n * broadcast(row, N + n)
                 h = new
-                y_k = y_even + y_odd
-                if z is not None:
-                    silu, _slope = silu_and_slope(gate)
-                    y_k *= silu
-                t = position(k + i, length, reverse)
-                valid = d_mask & (k + i < length)
-                tl.store(y + t * channels, y_k.to(y.dtype.element_ty), mask=valid)
+                if y is not None:
+                    y_k = y_even + y_odd
+                    if z is not None:
+                        silu, _slope = silu_and_slope(gate)
+                        y_k *= silu
+                    t = position(k + i, length, reverse)
+                    valid = d_mask & (k + i < length)
+                    tl.store(y + t * channels, y_k.to(y.dtype.element_ty), mask=valid)
                 # In the place of the row just used, so that none has to be moved.
                 t = position(k + CHUNK + i, length, reverse)
                 gate = 0.0 if z is None else tl.load(z + t * z_t)
@@ -196,7 +220,10 @@ def forward_kernel(
                     (tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, load_row(BC, t, N)),
                 )
 
-    zero = tl.zeros([CHANNELS], y.dtype.element_ty)
-    for t in range(length, frames):
-        tl.store(y + t * channels, zero, mask=d_mask)
-    store_states(final + scan * N * channels, h, channels, d, d_mask, N)
+    if y is not None:
+        zero = tl.zeros([CHANNELS], y.dtype.element_ty)
+        for t in range(length, own_frames):
+            tl.store(y + t * channels, zero, mask=d_mask)
+    if total is not None:
+        tl.store(total + piece * channels + d, steps, mask=d_mask)
+    store_states(final + piece * N * channels, h, channels, d, d_mask, N)
