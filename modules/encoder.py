@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from modules.initialization import initialize
 from modules.lengths import zero_padding
 from modules.ops.causal_conv1d import causal_conv1d
+from modules.ops.depthwise_conv1d import depthwise_conv1d
 
 
 class FeedForward(nn.Sequential):
@@ -55,11 +56,8 @@ class ConvModule(nn.Module):
         if self.causal:
             x, state = self._causal(x, lengths, state)
         else:
-            reach = self.depthwise.kernel_size[0] // 2
-            x = zero_padding(x, lengths).transpose(1, 2)
-            x = F.conv1d(
-                x, self.depthwise.weight, self.depthwise.bias, padding=reach, groups=x.shape[1]
-            ).transpose(1, 2)
+            weight = self.depthwise.weight.squeeze(1)
+            x = depthwise_conv1d(x, weight, self.depthwise.bias, lengths)
         x = self.activation(self.out_norm(x))
         return self.dropout(self.pointwise_out(x)), state
 

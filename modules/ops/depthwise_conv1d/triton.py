@@ -1,0 +1,111 @@
+"""The depthwise convolution by one Triton kernel forward and one backward, on CUDA devices.
+
+Channels stay last, so nothing is transposed but the weight. The forward reads x once and writes y;
+the backward reads x and dy, writes dx, and sums the gradients of the weight and the bias on the
+way, in float32 and in an order of their own: two runs agree bit by bit. Only arguments are kept
+between them. x may be strided by rows.
+
+TRITON_INTERPRET=1 (set before triton is imported) runs the kernels on a CPU, for tests.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from modules.ops.backends import OK, Call
+from modules.ops.selective_scan.triton import availability, interpreting  # noqa: F401
+
+WIDEST = 63
+CHANNELS = 64  # a program's, one a thread: K taps, K inputs and K sums of each fill its registers
+# Frames loaded ahead: enough arithmetic, K or 2 K multiply-adds a frame, to wait for them. Half of
+# them above K = 32, where registers are short (the backward at K = 63 spills) and compilers slow.
+CHUNK = 8
+BACKWARD_CHUNK = 4
+# Frames a program, at most; each reads K - 1 more, and in the backward writes sums of 4 (K + 1)
+# bytes a channel. At K = 31, B 32, T 400, D 512 make 1024 and 768 programs: by their registers an
+# H200 holds all of them at once.
+FRAMES = 128
+BACKWARD_FRAMES = 160
+
+
+def supports(call: Call) -> str:
+    if call.device != "cuda" and not (call.device == "cpu" and interpreting()):
+        return f"runs on cuda, not on {call.device}"
+    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"has no kernel for {call.dtype}"
+    if call.width > WIDEST:
+        return f"has kernels of size 1 to {WIDEST}, not {call.width}"
+    return OK
+
+
+def depthwise_conv1d(x, weight, bias, lengths):
+    """As `modules.ops.depthwise_conv1d.depthwise_conv1d`; no double backward."""
+    return _Depthwise.apply(x, weight, bias, lengths)
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, lengths):
+        from modules.ops.depthwise_conv1d.triton_kernels import forward_kernel
+
+        x, lengths = _rows(x), lengths.contiguous()
+        # Rounded and, so that neighbouring threads read neighbours, turned to (K, D) in one copy.
+        taps = torch.empty(weight.shape[::-1], dtype=x.dtype, device=x.device).copy_(weight.t())
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        bias = None if bias is None else bias.to(x.dtype).contiguous()
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        plan = _tiles(x.shape[1], len(taps), FRAMES, CHUNK)
+        _launch(forward_kernel, (x, taps, bias, lengths, y), x.stride()[:2], plan)
+        ctx.save_for_backward(x, taps, lengths)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        from modules.ops.depthwise_conv1d.triton_kernels import backward_kernel
+
+        x, taps, lengths = ctx.saved_tensors
+        dy = _rows(dy)
+        batch, frames, channels = x.shape
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        plan = _tiles(frames, len(taps), BACKWARD_FRAMES, BACKWARD_CHUNK)
+        shape = (batch * plan[0], len(taps) + 1, channels)
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+        strides = (*x.stride()[:2], *dy.stride()[:2])
+        _launch(backward_kernel, (x, taps, lengths, dy, dx, partial), strides, plan)
+        total = partial.sum(0)
+        weight_dtype, bias_dtype = ctx.dtypes
+        dweight = total[:-1].t().to(weight_dtype)
+        dbias = None if bias_dtype is None else total[-1].to(bias_dtype)
+        return dx, dweight, dbias, None
+
+
+def _rows(x):
+    """Make each frame's row dense; the rows may lie anywhere."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _tiles(frames, width, longest, chunk):
+    """-> how many programs share the frames, each one's share in whole chunks, and the chunk"""
+    chunk = chunk if width <= 32 else chunk // 2
+    tiles = -(-frames // longest)
+    tile = max(-(-frames // (max(tiles, 1) * chunk)), 1) * chunk
+    return -(-frames // tile), tile, chunk
+
+
+def _launch(kernel, tensors, strides, plan):
+    """Run a program a block of channels, tile of frames and utterance; x, taps come first."""
+    x, taps = tensors[:2]
+    batch, frames, channels = x.shape
+    tiles, tile, chunk = plan
+    if x.numel() == 0:
+        return
+    # Triton launches on the current device, whatever the tensors' own.
+    with torch.cuda.device_of(x):
+        kernel[(-(-channels // CHANNELS), tiles, batch)](
+            *tensors,
+            *(frames, channels, tile, *strides),
+            WIDTH=len(taps),
+            CHUNK=chunk,
+            CHANNELS=CHANNELS,
+            num_warps=CHANNELS // 32,
+        )
