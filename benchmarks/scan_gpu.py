@@ -95,6 +95,7 @@ def parse():
     parser.add_argument("--gate", action="store_true", help="with z, as in Mamba; BiMamba has none")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--limit", type=float, default=1.0, help="seconds a timing may take")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--backends", nargs="+", default=["triton", "mamba_ssm", "chunked"])
     return parser.parse_args()
 
@@ -103,7 +104,7 @@ def main():
     options = parse()
     rows = []
     for shape in SHAPES:
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (getattr(torch, name) for name in options.dtypes):
             for backend in options.backends:
                 if available_backends()[backend] != "ok":
                     continue

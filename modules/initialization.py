@@ -1,4 +1,4 @@
-"""The initialisations of the published models, behind the key `initialization`."""
+"""The two initialisations of the published models, behind the key `initialization`."""
 
 from torch import nn
 
@@ -7,7 +7,6 @@ from modules.mamba import SelectiveSSM
 # What a state-space direction keeps of its own initialisation under each scheme.
 KEPT = {
     "mamba": ("A_log", "dt_proj.weight", "conv1d.weight"),
-    "mamba_conv_xavier": ("A_log", "dt_proj.weight"),
     "published": (),
 }
 

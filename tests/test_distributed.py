@@ -1,5 +1,6 @@
 """Several processes on the CPU: the same losses as one, on one node and on two."""
 
+import os
 import re
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from modules.data import WholeStepSampler
 from tests.recipes import runs
 
 CTC = "CTC/conmamba_tiny.yaml"
+PYTHONPATH = [path for path in [os.environ.get("PYTHONPATH")] if path]
 S2S = "S2S/conmambamamba_tiny.yaml"
 
 
@@ -23,7 +25,7 @@ def start_ranks(script_and_options, *launcher):
         stderr=subprocess.STDOUT,
         text=True,
         cwd=runs.ROOT,
-        env=runs.environment(PYTHONPATH=str(runs.ROOT)),
+        env=runs.environment(PYTHONPATH=os.pathsep.join([str(runs.ROOT), *PYTHONPATH])),
     )
 
 
