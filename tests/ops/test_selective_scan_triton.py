@@ -157,7 +157,7 @@ def test_time_in_pieces(reverse, leave_out, monkeypatch):
     """Pieces of 32 frames: a full one, one cut by the length, one without any valid frame."""
     monkeypatch.setattr(triton, "LEAST", 16)
     frames = 70
-    launch = triton._Launch((1, 3, frames, 20), 4, 0, True)
+    launch = triton._Launch((1, 3, frames, 20), 4, 0, True, False)
     assert (launch.pieces, launch.piece_frames) == (3, 32)
     leaves = leaves_of(torch.float32, frames, 20, 4, leave_out=leave_out)
     assert_close(leaves, 1e-5, lengths=lengths_of(frames), reverse=reverse)
@@ -324,6 +324,7 @@ def compile_kernel(kernel, dtype, states, absent):
 
     constants = dict.fromkeys(absent & set(kernel.arg_names))
     given = {"SOFTPLUS": True, "N": states, "CHUNK": triton.CHUNK, "SEGMENT": triton.SEGMENT}
+    given["PACKED"] = dtype == "bf16"
     constants |= {name: x for name, x in given.items() if name in kernel.arg_names}
     rows = {"u", "dt", "z", "y", "dy", "du", "ddt", "dz"}
     numbers = {"frames", "piece_frames", "channels", "utterances", "reverse_from"}
@@ -335,7 +336,11 @@ def compile_kernel(kernel, dtype, states, absent):
             signature[name] = "i32"
         else:
             signature[name] = (
-                "*i64" if name == "lengths" else f"*{dtype if name in rows else 'fp32'}"
+                "*i32"
+                if name == "BC" and given["PACKED"]
+                else "*i64"
+                if name == "lengths"
+                else f"*{dtype if name in rows else 'fp32'}"
             )
         if name not in constants and name not in numbers - {"channels"}:
             attributes[(i,)] = [["tt.divisibility", 16]]

@@ -122,10 +122,10 @@ class _TritonScan(torch.autograd.Function):
         groups, batch, _, channels = u.shape
         states = A.shape[2]
         u, dt, z = (_rows(x) for x in (u, dt, z))
-        BC = torch.cat((B, C), dim=-1).float().contiguous()
+        BC, packed = _side_by_side(B, C)
         A_t = _scaled(A)
         D, dt_bias, lengths = (None if x is None else x.contiguous() for x in (D, dt_bias, lengths))
-        launch = _Launch(u.shape, states, reverse_from, softplus)
+        launch = _Launch(u.shape, states, reverse_from, softplus, packed)
         y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         final = A_t.new_empty(groups, batch, launch.pieces, states, channels)
         segments = -(-launch.piece_frames // SEGMENT)
@@ -201,9 +201,10 @@ class _TritonScan(torch.autograd.Function):
 class _Launch:
     """Runs kernels over a shape's pieces, scans and blocks of channels."""
 
-    def __init__(self, shape, states, reverse_from, softplus):
+    def __init__(self, shape, states, reverse_from, softplus, packed):
         self.groups, self.batch, self.frames, self.channels = shape
-        self.states, self.reverse_from, self.softplus = states, reverse_from, softplus
+        self.states, self.reverse_from = states, reverse_from
+        self.constants = {"SOFTPLUS": softplus, "N": states, "PACKED": packed}
         self.blocks = -(-self.channels // CHANNELS)
         programs = max(self.groups * self.batch * self.blocks, 1)
         pieces = max(min(ENOUGH // programs, self.frames // LEAST), 1)
@@ -228,8 +229,7 @@ class _Launch:
                 self.batch,
                 self.reverse_from,
                 *strides,
-                SOFTPLUS=self.softplus,
-                N=self.states,
+                **self.constants,
                 **constants,
                 num_warps=1,
             )
@@ -263,6 +263,13 @@ def _sum_blocks(shares):
             grid = (-(-numbers // tile), groups * batch)
             sum_blocks_kernel[grid](shares, total, blocks, numbers, TILE=tile)
     return total
+
+
+def _side_by_side(B, C):
+    """B, C (G, B, T, N) -> (G, B, T, 2 N) in float32, False; (G, B, T, N) pairs of bfloat16, True."""
+    packed = B.dtype == C.dtype == torch.bfloat16 and B.shape[-1] % 2 == 0
+    BC = torch.cat((B, C), dim=-1)
+    return (BC.view(torch.int32), True) if packed else (BC.float(), False)
 
 
 def _scaled(A):

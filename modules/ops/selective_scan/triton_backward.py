@@ -12,9 +12,9 @@ import triton.language as tl
 
 from modules.ops.selective_scan.triton_kernels import (
     CHANNELS,
-    broadcast,
     load_row,
     load_states,
+    pair,
     parameter,
     place,
     position,
@@ -46,12 +46,23 @@ def sums_over_channels(values):
 
 
 @triton.jit
-def advance(h, A_n, step, dt_u, row, N: tl.constexpr):
+def advance(h, decay, dt_u, row, N: tl.constexpr, PACKED: tl.constexpr):
     """The states one frame on."""
     new = ()
-    for n in tl.static_range(N):
-        new = new + (tl.exp2(step * A_n[n]) * h[n] + dt_u * broadcast(row, n),)
+    for n in tl.static_range(0, N, 2):
+        B_even, B_odd = pair(row, n, PACKED)
+        new = new + (decay[n] * h[n] + dt_u * B_even,)
+        if n + 1 < N:
+            new = new + (decay[n + 1] * h[n + 1] + dt_u * B_odd,)
     return new
+
+
+@triton.jit
+def decays_of(step, A_n, N: tl.constexpr):
+    decay = ()
+    for n in tl.static_range(N):
+        decay = decay + (tl.exp2(step * A_n[n]),)
+    return decay
 
 
 # One build for every number of frames and utterances.
@@ -62,6 +73,7 @@ def backward_kernel(
     frames, piece_frames, channels, utterances, reverse_from,
     u_g, u_b, u_t, dt_g, dt_b, dt_t, z_g, z_b, z_t, dy_g, dy_b, dy_t,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """dA (pieces, N, D), dD and ddt_bias (pieces, D) are this piece's; dBC (scans, blocks, T, 2 N)
     is this block of channels' share. The caller sums them, always in the same order.
@@ -93,7 +105,7 @@ def backward_kernel(
     u += group * u_g + b * u_b + begin * u_t + d_read
     dt += group * dt_g + b * dt_b + begin * dt_t + d_read
     dy += group * dy_g + b * dy_b + begin * dy_t + d_read
-    BC += (scan * frames + begin) * 2 * N
+    BC += (scan * frames + begin) * (N if PACKED else 2 * N)
     du += (scan * frames + begin) * channels + d
     ddt += (scan * frames + begin) * channels + d
     if z is not None:
@@ -114,16 +126,19 @@ def backward_kernel(
         rows = ()
         for i in tl.static_range(CHUNK):
             t = position(first + i, length, reverse)
-            rows = rows + ((tl.load(u + t * u_t), tl.load(dt + t * dt_t), load_row(BC, t, N)),)
+            rows = rows + (
+                (tl.load(u + t * u_t), tl.load(dt + t * dt_t), load_row(BC, t, N, PACKED)),
+            )
         for c in range(0, chunks - 1):
             store_states(scratch + c * N * CHANNELS, h, CHANNELS, lane, lane >= 0, N)
             for i in tl.static_range(CHUNK):
                 row_u, row_dt, row = rows[0]
                 step, _slope = step_size(row_dt, bias, SOFTPLUS)
-                h = advance(h, A_n, step, step * row_u.to(tl.float32), row, N)
+                decay = decays_of(step, A_n, N)
+                h = advance(h, decay, step * row_u.to(tl.float32), row, N, PACKED)
                 t = position(first + (c + 1) * CHUNK + i, length, reverse)
                 rows = rows[1:] + (
-                    (tl.load(u + t * u_t), tl.load(dt + t * dt_t), load_row(BC, t, N)),
+                    (tl.load(u + t * u_t), tl.load(dt + t * dt_t), load_row(BC, t, N, PACKED)),
                 )
 
         # Backward from there.
@@ -133,7 +148,7 @@ def backward_kernel(
             gate = 0.0 if z is None else tl.load(z + t * z_t)
             rows = rows + (
                 (tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, tl.load(dy + t * dy_t),
-                 load_row(BC, t, N)),
+                 load_row(BC, t, N, PACKED)),
             )  # fmt: skip
         start = h
         for j in range(0, chunks):
@@ -147,13 +162,8 @@ def backward_kernel(
                 step, slope = step_size(rows[i][1], bias, SOFTPLUS)
                 step = tl.where(k + i < length, step, 0.0)
                 dt_u = step * rows[i][0].to(tl.float32)
-                decay = ()
-                new = ()
-                for n in tl.static_range(N):
-                    decay = decay + (tl.exp2(step * A_n[n]),)
-                    new = new + (decay[n] * states[i][n] + dt_u * broadcast(rows[i][4], n),)
-                states = states + (new,)
-                decays = decays + (decay,)
+                decays = decays + (decays_of(step, A_n, N),)
+                states = states + (advance(states[i], decays[i], dt_u, rows[i][4], N, PACKED),)
                 steps = steps + (step,)
                 slopes = slopes + (slope,)
 
@@ -168,8 +178,11 @@ def backward_kernel(
                 if z is not None:
                     silu, silu_slope = silu_and_slope(rows[i][2])
                     y_k = skip * u_k
-                    for n in tl.static_range(N):
-                        y_k += states[i + 1][n] * broadcast(row, N + n)
+                    for n in tl.static_range(0, N, 2):
+                        C_even, C_odd = pair(row, N + n, PACKED)
+                        y_k += states[i + 1][n] * C_even
+                        if n + 1 < N:
+                            y_k += states[i + 1][n + 1] * C_odd
                     dz_k = (dy_k * y_k * silu_slope).to(dz.dtype.element_ty)
                     tl.store(dz + t * channels, dz_k, mask=d_mask & valid)
                     dy_k *= silu
@@ -182,12 +195,17 @@ def backward_kernel(
                 new = ()
                 new_dA = ()
                 for n in tl.static_range(N):
-                    dh = message[n] + dy_k * broadcast(row, N + n)
+                    if n % 2 == 0:
+                        B_k, B_next = pair(row, n, PACKED)
+                        C_k, C_next = pair(row, N + n, PACKED)
+                    else:
+                        B_k, C_k = B_next, C_next
+                    dh = message[n] + dy_k * C_k
                     before = decays[i][n] * dh
                     dlog = before * states[i][n]  # of dt A
                     new = new + (before,)
                     new_dA = new_dA + (dA_n[n] + dlog * steps[i],)
-                    ddt_u += dh * broadcast(row, n)
+                    ddt_u += dh * B_k
                     dlog_A += dlog * A_n[n]
                     dB = dB + (dh * dt_u,)
                     dC = dC + (states[i + 1][n] * dy_k,)
@@ -211,7 +229,7 @@ def backward_kernel(
                 gate = 0.0 if z is None else tl.load(z + t * z_t)
                 ahead = (
                     (tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, tl.load(dy + t * dy_t),
-                     load_row(BC, t, N)),
+                     load_row(BC, t, N, PACKED)),
                 ) + ahead  # fmt: skip
                 if i == CHUNK // 2 - 1:
                     at = scratch + tl.maximum(c - 1, 0) * N * CHANNELS

@@ -3,7 +3,8 @@
 
 A program is one warp: a thread a channel, which keeps the channel's N states in registers in
 float32 and walks along time to the utterance's own length. No number passes between threads, but
-for the rows of B and C: a lane holds one number of a frame's row, and a shuffle gives it to all.
+for the rows of B and C: a lane holds a number of a frame's row (two, PACKED in a word, if they are
+bfloat16), and a shuffle gives it to all.
 Nothing is kept in shared memory, so there is nothing to wait for but the loads, and those of the
 next CHUNK frames are on their way while the current ones are computed.
 
@@ -116,20 +117,31 @@ def store_states(p, states, channels, d, d_mask, N: tl.constexpr):
 
 
 @triton.jit
-def load_row(BC, t, N: tl.constexpr):
-    """Row t of B and C side by side, (T, 2 N): a number a lane."""
+def load_row(BC, t, N: tl.constexpr, PACKED: tl.constexpr):
+    """Row t of B and C side by side: one of 2 N numbers a lane, or of N words if PACKED."""
     lane = tl.arange(0, CHANNELS)
-    if 2 * N == CHANNELS:
-        row = tl.load(BC + t * 2 * N + lane)
+    words: tl.constexpr = N if PACKED else 2 * N
+    if words == CHANNELS:
+        row = tl.load(BC + t * words + lane)
     else:
-        row = tl.load(BC + t * 2 * N + lane, mask=lane < 2 * N, other=0.0)
+        row = tl.load(BC + t * words + lane, mask=lane < words, other=0)
     return row
 
 
 @triton.jit
-def broadcast(row, i):
-    """The i-th lane's number for every lane."""
-    return tl.gather(row, tl.full([CHANNELS], i, tl.int32), 0)
+def pair(row, i, PACKED: tl.constexpr):
+    """Numbers i and i + 1 of a row, for every lane; of bfloat16 in one shuffle (i even).
+
+    Shuffles share their way to the registers with exponentials, and there is where time goes.
+    """
+    if PACKED:
+        word = tl.gather(row, tl.full([CHANNELS], i // 2, tl.int32), 0)
+        first = (word << 16).to(tl.float32, bitcast=True)
+        second = (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        first = tl.gather(row, tl.full([CHANNELS], i, tl.int32), 0)
+        second = tl.gather(row, tl.full([CHANNELS], i + 1, tl.int32), 0)
+    return first, second
 
 
 # One build for every number of frames and utterances.
@@ -140,6 +152,7 @@ def forward_kernel(
     frames, piece_frames, channels, utterances, reverse_from,
     u_g, u_b, u_t, dt_g, dt_b, dt_t, z_g, z_b, z_t,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """final (pieces, N, D) gets the state after the last frame.
 
@@ -166,7 +179,7 @@ def forward_kernel(
     dt += group * dt_g + b * dt_b + first * dt_t + d_read
     if z is not None:
         z += group * z_g + b * z_b + first * z_t + d_read
-    BC += (scan * frames + first) * 2 * N
+    BC += (scan * frames + first) * (N if PACKED else 2 * N)
     if y is not None:
         y += (scan * frames + first) * channels + d
     if starts is not None:
@@ -179,7 +192,7 @@ def forward_kernel(
             t = position(i, length, reverse)
             gate = 0.0 if z is None else tl.load(z + t * z_t)
             rows = rows + (
-                (tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, load_row(BC, t, N)),
+                (tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, load_row(BC, t, N, PACKED)),
             )
         for k in range(0, length, CHUNK):
             if starts is not None:  # noqa: SIM102 - one is known when compiling
@@ -196,14 +209,16 @@ def forward_kernel(
                 new = ()
                 y_even = skip * u_k  # two sums: half the wait for each other
                 y_odd = tl.zeros([CHANNELS], tl.float32)
-                for n in tl.static_range(N):
-                    h_n = tl.exp2(step * A_n[n]) * h[n] + dt_u * broadcast(row, n)
-                    new = new + (h_n,)
+                for n in tl.static_range(0, N, 2):
+                    B_even, B_odd = pair(row, n, PACKED)
+                    new = new + (tl.exp2(step * A_n[n]) * h[n] + dt_u * B_even,)
+                    if n + 1 < N:
+                        new = new + (tl.exp2(step * A_n[n + 1]) * h[n + 1] + dt_u * B_odd,)
                     if y is not None:
-                        if n % 2 == 0:
-                            y_even += h_n * broadcast(row, N + n)
-                        else:
-                            y_odd += h_n * broadcast(row, N + n)
+                        C_even, C_odd = pair(row, N + n, PACKED)
+                        y_even += new[n] * C_even
+                        if n + 1 < N:
+                            y_odd += new[n + 1] * C_odd
                 h = new
                 if y is not None:
                     y_k = y_even + y_odd
@@ -217,7 +232,12 @@ def forward_kernel(
                 t = position(k + CHUNK + i, length, reverse)
                 gate = 0.0 if z is None else tl.load(z + t * z_t)
                 rows = rows[1:] + (
-                    (tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, load_row(BC, t, N)),
+                    (
+                        tl.load(u + t * u_t),
+                        tl.load(dt + t * dt_t),
+                        gate,
+                        load_row(BC, t, N, PACKED),
+                    ),
                 )
 
     if y is not None:

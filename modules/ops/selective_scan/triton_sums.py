@@ -12,9 +12,9 @@ import triton.language as tl
 
 from modules.ops.selective_scan.triton_kernels import (
     CHANNELS,
-    broadcast,
     load_row,
     load_states,
+    pair,
     parameter,
     place,
     position,
@@ -70,7 +70,7 @@ def message_kernel(
     dt, A, BC, z, dt_bias, lengths, dy, before,
     frames, piece_frames, channels, utterances, reverse_from,
     dt_g, dt_b, dt_t, z_g, z_b, z_t, dy_g, dy_b, dy_t,
-    SOFTPLUS: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """before (pieces, N, D): the gradient of the state before a piece, if its own frames' results
     alone count.
@@ -86,7 +86,7 @@ def message_kernel(
     dy += group * dy_g + b * dy_b + first * dy_t + d_read
     if z is not None:
         z += group * z_g + b * z_b + first * z_t + d_read
-    BC += (scan * frames + first) * 2 * N
+    BC += (scan * frames + first) * (N if PACKED else 2 * N)
     message = ()
     for _n in tl.static_range(N):
         message = message + (tl.zeros([CHANNELS], tl.float32),)
@@ -96,7 +96,7 @@ def message_kernel(
             t = position(length - 1 - i, length, reverse)
             gate = 0.0 if z is None else tl.load(z + t * z_t)
             rows = rows + (
-                (tl.load(dt + t * dt_t), tl.load(dy + t * dy_t), gate, load_row(BC, t, N)),
+                (tl.load(dt + t * dt_t), tl.load(dy + t * dy_t), gate, load_row(BC, t, N, PACKED)),
             )
         for back in range(0, length, CHUNK):
             for i in tl.static_range(CHUNK):
@@ -110,13 +110,21 @@ def message_kernel(
                 step = tl.where(valid, step, 0.0)
                 dy_k = tl.where(valid, dy_k, 0.0)
                 new = ()
-                for n in tl.static_range(N):
-                    dh = message[n] + dy_k * broadcast(row, N + n)
-                    new = new + (tl.exp2(step * A_n[n]) * dh,)
+                for n in tl.static_range(0, N, 2):
+                    C_even, C_odd = pair(row, N + n, PACKED)
+                    new = new + (tl.exp2(step * A_n[n]) * (message[n] + dy_k * C_even),)
+                    if n + 1 < N:
+                        dh = message[n + 1] + dy_k * C_odd
+                        new = new + (tl.exp2(step * A_n[n + 1]) * dh,)
                 message = new
                 t = position(length - 1 - (back + CHUNK + i), length, reverse)
                 gate = 0.0 if z is None else tl.load(z + t * z_t)
                 rows = rows[1:] + (
-                    (tl.load(dt + t * dt_t), tl.load(dy + t * dy_t), gate, load_row(BC, t, N)),
+                    (
+                        tl.load(dt + t * dt_t),
+                        tl.load(dy + t * dy_t),
+                        gate,
+                        load_row(BC, t, N, PACKED),
+                    ),
                 )
     store_states(before + piece * N * channels, message, channels, d, d < channels, N)
