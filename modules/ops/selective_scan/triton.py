@@ -266,7 +266,7 @@ def _sum_blocks(shares):
 
 
 def _side_by_side(B, C):
-    """B, C (G, B, T, N) -> (G, B, T, 2 N) in float32, False; (G, B, T, N) pairs of bfloat16, True."""
+    """B, C (G, B, T, N) -> (G, B, T, 2 N) float32, False; (G, B, T, N) pairs of bfloat16, True."""
     packed = B.dtype == C.dtype == torch.bfloat16 and B.shape[-1] % 2 == 0
     BC = torch.cat((B, C), dim=-1)
     return (BC.view(torch.int32), True) if packed else (BC.float(), False)
