@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from modules.ops import causal_conv1d, mamba_step, selective_scan
+from modules.ops import causal_conv1d, depthwise_conv1d, gating, mamba_step, selective_scan
 
 PACKAGES = (
     *("torch", "torchaudio", "speechbrain", "HyperPyYAML", "sentencepiece", "soundfile", "numpy"),
@@ -20,7 +20,7 @@ PACKAGES = (
 )
 VARIABLES = (
     *("MAMBA_ASR_SCAN_BACKEND", "MAMBA_ASR_CONV_BACKEND", "MAMBA_ASR_STEP_BACKEND"),
-    "MAMBA_ASR_DEPTHWISE_BACKEND",
+    *("MAMBA_ASR_DEPTHWISE_BACKEND", "MAMBA_ASR_GATE_BACKEND"),
     "OMP_NUM_THREADS",
 )
 
@@ -86,9 +86,10 @@ def report():
         ],
         "Packages": list(versions().items()),
         "Devices (the first is the default)": devices(),
-        "selective_scan": list(selective_scan.available_backends().items()),
-        "causal_conv1d": list(causal_conv1d.available_backends().items()),
-        "mamba_step": list(mamba_step.available_backends().items()),
+        **{
+            operator.__name__.rpartition(".")[2]: list(operator.available_backends().items())
+            for operator in (selective_scan, causal_conv1d, depthwise_conv1d, gating, mamba_step)
+        },
         "Variables": [(name, os.environ[name]) for name in VARIABLES if name in os.environ],
     }
     lines = []
