@@ -66,10 +66,7 @@ def selective_scan(
             u, dt, A, B, C, D, z, dt_bias, dt_softplus, lengths, reverse, initial_state
         )
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    grouped = [None if x is None else x.unsqueeze(0) for x in tensors]
-    reverse_from = 0 if reverse else u.shape[0]
-    y, state = _scan(*grouped, dt_softplus, lengths, reverse_from)
-    return y.squeeze(0), state.squeeze(0)
+    return _scan(*tensors, dt_softplus, lengths, 0 if reverse else u.shape[0])
 
 
 def bidirectional_scan(u, dt, A, B, C, D, dt_bias, dt_softplus, lengths):
@@ -110,7 +107,7 @@ def _scan(*tensors_and_options):
 
 class _TritonScan(torch.autograd.Function):
     """u, dt, z (G, B, T, D), A (G, D, N), B, C (G, B, T, N), D, dt_bias (G, D), states
-    (G, B, D, N): G groups of B scans, each group with parameters of its own.
+    (G, B, D, N): G groups of B scans, each group with parameters of its own. Without G: one.
     """
 
     @staticmethod
@@ -119,19 +116,25 @@ class _TritonScan(torch.autograd.Function):
     ):
         from modules.ops.selective_scan.triton_kernels import forward_kernel
 
+        ctx.dtypes = [None if x is None else x.dtype for x in (A, B, C, D, dt_bias, initial_state)]
+        ctx.alone = u.dim() == 3
+        tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+        if ctx.alone:
+            tensors = [None if x is None else x.unsqueeze(0) for x in tensors]
+        u, dt, A, B, C, D, z, dt_bias, initial = tensors
+
         groups, batch, _, channels = u.shape
-        states = A.shape[2]
         u, dt, z = (_rows(x) for x in (u, dt, z))
         BC, packed = _side_by_side(B, C)
         A_t = _scaled(A)
         D, dt_bias, lengths = (None if x is None else x.contiguous() for x in (D, dt_bias, lengths))
-        launch = _Launch(u.shape, states, reverse_from, softplus, packed)
+        launch = _Launch(u.shape, A.shape[2], reverse_from, softplus, packed)
         y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-        final = A_t.new_empty(groups, batch, launch.pieces, states, channels)
+        final = A_t.new_empty(groups, batch, launch.pieces, launch.states, channels)
         segments = -(-launch.piece_frames // SEGMENT)
         starts = A_t.new_empty(*final.shape[:3], segments, *final.shape[3:]) if keep else None
         total = None
-        initial = _state(initial_state)
+        initial = _state(initial)
         inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths)
         options = {"strided": (u, dt, z), "CHUNK": CHUNK, "SEGMENT": SEGMENT}
         if launch.pieces > 1:
@@ -141,11 +144,11 @@ class _TritonScan(torch.autograd.Function):
         launch(forward_kernel, (*inputs, initial, y, final, starts, None), **options)
         if launch.pieces == 1:
             last = final.squeeze(2)
-        ctx.save_for_backward(u, dt, A, BC, D, z, dt_bias, lengths, starts, total)
+        ctx.save_for_backward(u, dt, A_t, BC, D, z, dt_bias, lengths, starts, total)
         ctx.launch = launch
-        ctx.dtypes = (B.dtype, C.dtype, None if initial_state is None else initial_state.dtype)
         ctx.set_materialize_grads(False)
-        return y, last.transpose(2, 3)
+        last = last.transpose(2, 3)
+        return (y.squeeze(0), last.squeeze(0)) if ctx.alone else (y, last)
 
     @staticmethod
     @once_differentiable
@@ -153,11 +156,13 @@ class _TritonScan(torch.autograd.Function):
         from modules.ops.selective_scan.triton_backward import backward_kernel
         from modules.ops.selective_scan.triton_sums import message_kernel
 
-        u, dt, A, BC, D, z, dt_bias, lengths, starts, total = ctx.saved_tensors
-        launch = ctx.launch
-        groups, batch, pieces, _, states, channels = starts.shape
+        u, dt, A_t, BC, D, z, dt_bias, lengths, starts, total = ctx.saved_tensors
+        launch, states = ctx.launch, ctx.launch.states
+        A_dtype, B_dtype, C_dtype, D_dtype, bias_dtype, state_dtype = ctx.dtypes
+        if ctx.alone:
+            dy, dfinal = (None if x is None else x.unsqueeze(0) for x in (dy, dfinal))
+        groups, batch, pieces, _, _, channels = starts.shape
         dy = torch.zeros_like(u) if dy is None else _rows(dy)
-        A_t = _scaled(A)
         du, ddt, dz = (
             None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
             for x in (u, dt, z)
@@ -166,36 +171,37 @@ class _TritonScan(torch.autograd.Function):
         scratch = A_t.new_empty(
             groups * batch * pieces * blocks, SEGMENT // CHUNK - 1, states, CHANNELS
         )
-        dA = A_t.new_empty(groups, batch, pieces, states, channels)
         dBC = A_t.new_empty(groups, batch, blocks, u.shape[2], 2 * states)
-        dD, ddt_bias = A_t.new_empty(2, groups, batch, pieces, channels)
-        needs_initial = ctx.dtypes[2] is not None
-        dinitial = torch.empty_like(dA) if needs_initial and pieces == 1 else None
-        dfinal = _state(dfinal)
+        dparameters = A_t.new_empty(groups, batch, pieces, states + 2, channels)
+        dinitial, dfinal = None, _state(dfinal)
         if pieces > 1:
-            before = torch.empty_like(dA)
+            before = A_t.new_empty(groups, batch, pieces, states, channels)
             inputs = (dt, A_t, BC, z, dt_bias, lengths, dy, before)
             launch(message_kernel, inputs, strided=(dt, z, dy), CHUNK=CHUNK)
-            dfinal, first = launch.chain(before, total, A_t, dfinal, backwards=True)
+            dfinal, dinitial = launch.chain(before, total, A_t, dfinal, backwards=True)
+        elif state_dtype is not None:
+            dinitial = A_t.new_empty(groups, batch, states, channels)
         inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths, starts, scratch, dy, dfinal)
-        gradients = (du, ddt, dA, dBC, dD, dz, ddt_bias, dinitial)
+        gradients = (du, ddt, dz, dBC, dparameters, dinitial if pieces == 1 else None)
         options = {"strided": (u, dt, z, dy), "CHUNK": CHUNK, "SEGMENT": SEGMENT}
         launch(backward_kernel, (*inputs, *gradients), **options)
-        if pieces == 1:
-            first = dinitial.squeeze(2) if needs_initial else None
-        dB, dC = _sum_blocks(dBC).split(states, dim=-1)
-        return (
+        dB, dC = (u.new_empty(*u.shape[:3], states, dtype=x) for x in (B_dtype, C_dtype))
+        launch.sum_blocks(dBC, dB, dC)
+        dparameters = dparameters.sum((1, 2))
+        given = (
             du,
             ddt,
-            dA.sum((1, 2)).transpose(1, 2).to(A.dtype),
-            dB.to(ctx.dtypes[0]),
-            dC.to(ctx.dtypes[1]),
-            None if D is None else dD.sum((1, 2)).to(D.dtype),
+            dparameters[:, :-2].transpose(1, 2).to(A_dtype),
+            dB,
+            dC,
+            None if D is None else dparameters[:, -2].to(D_dtype),
             dz,
-            None if dt_bias is None else ddt_bias.sum((1, 2)).to(dt_bias.dtype),
-            first.transpose(2, 3).to(ctx.dtypes[2]) if needs_initial else None,
-            *(None,) * 4,
+            None if dt_bias is None else dparameters[:, -1].to(bias_dtype),
+            None if state_dtype is None else dinitial.transpose(2, 3).to(state_dtype),
         )
+        if ctx.alone:
+            given = (None if x is None else x.squeeze(0) for x in given)
+        return (*given, None, None, None, None)
 
 
 class _Launch:
@@ -250,19 +256,16 @@ class _Launch:
                 )
         return starts, last
 
+    def sum_blocks(self, shares, dB, dC):
+        """shares (G, B, blocks, T, 2 N) -> dB, dC (G, B, T, N), always in the same order."""
+        from modules.ops.selective_scan.triton_sums import sum_blocks_kernel
 
-def _sum_blocks(shares):
-    """(G, B, blocks, T, N) -> (G, B, T, N), always in the same order."""
-    from modules.ops.selective_scan.triton_sums import sum_blocks_kernel
-
-    groups, batch, blocks, frames, states = shares.shape
-    total = shares.new_empty(groups, batch, frames, states)
-    numbers, tile = frames * states, 1024
-    if batch > 0:
-        with torch.cuda.device_of(shares):
-            grid = (-(-numbers // tile), groups * batch)
-            sum_blocks_kernel[grid](shares, total, blocks, numbers, TILE=tile)
-    return total
+        numbers, tile = 2 * self.frames * self.states, 1024
+        if self.batch > 0:
+            with torch.cuda.device_of(shares):
+                sum_blocks_kernel[(-(-numbers // tile), self.groups * self.batch)](
+                    *(shares, dB, dC, self.blocks, numbers), N=self.states, TILE=tile
+                )
 
 
 def _side_by_side(B, C):

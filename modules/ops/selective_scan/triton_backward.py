@@ -69,14 +69,14 @@ def decays_of(step, A_n, N: tl.constexpr):
 @triton.jit(do_not_specialize=["frames", "piece_frames", "utterances", "reverse_from"])
 def backward_kernel(
     u, dt, A, BC, D, z, dt_bias, lengths, starts, scratch, dy, dfinal,
-    du, ddt, dA, dBC, dD, dz, ddt_bias, dinitial,
+    du, ddt, dz, dBC, dparameters, dinitial,
     frames, piece_frames, channels, utterances, reverse_from,
     u_g, u_b, u_t, dt_g, dt_b, dt_t, z_g, z_b, z_t, dy_g, dy_b, dy_t,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dA (pieces, N, D), dD and ddt_bias (pieces, D) are this piece's; dBC (scans, blocks, T, 2 N)
-    is this block of channels' share. The caller sums them, always in the same order.
+    """dparameters (pieces, N + 2, D), for A, D and dt_bias, is this piece's share, dBC (scans,
+    blocks, T, 2 N) this block of channels'. The caller sums them, always in the same order.
     """
     piece, scan, group, b, begin, own_frames, length, reverse = place(
         lengths, frames, piece_frames, utterances, reverse_from
@@ -242,8 +242,7 @@ def backward_kernel(
         if z is not None:
             tl.store(dz + t * channels, none.to(dz.dtype.element_ty), mask=d_mask)
         tl.store(dBC + t * 2 * N, none, mask=lane < 2 * N)
-    store_states(dA + piece * N * channels, dA_n, channels, d, d_mask, N)
-    tl.store(dD + piece * channels + d, dD_sum, mask=d_mask)
-    tl.store(ddt_bias + piece * channels + d, ddt_sum, mask=d_mask)
+    dparameters += piece * (N + 2) * channels
+    store_states(dparameters, dA_n + (dD_sum, ddt_sum), channels, d, d_mask, N + 2)
     if dinitial is not None:
         store_states(dinitial + piece * N * channels, message, channels, d, d_mask, N)

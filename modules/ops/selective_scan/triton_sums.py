@@ -25,8 +25,8 @@ from modules.ops.selective_scan.triton_kernels import (
 
 
 @triton.jit(do_not_specialize=["blocks", "numbers"])
-def sum_blocks_kernel(shares, total, blocks, numbers, TILE: tl.constexpr):
-    """shares (scans, blocks, numbers) -> total (scans, numbers), block after block."""
+def sum_blocks_kernel(shares, dB, dC, blocks, numbers, N: tl.constexpr, TILE: tl.constexpr):
+    """shares (scans, blocks, T, 2 N) -> dB, dC (scans, T, N), block after block; numbers: T 2 N."""
     scan = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     shares += scan * blocks * numbers + i
@@ -34,7 +34,10 @@ def sum_blocks_kernel(shares, total, blocks, numbers, TILE: tl.constexpr):
     for _ in range(0, blocks):
         sum += tl.load(shares, mask=i < numbers, other=0.0)
         shares += numbers
-    tl.store(total + scan * numbers + i, sum, mask=i < numbers)
+    n = i % (2 * N)
+    to = scan * (numbers // 2) + (i // (2 * N)) * N + n % N
+    tl.store(dB + to, sum.to(dB.dtype.element_ty), mask=(i < numbers) & (n < N))
+    tl.store(dC + to, sum.to(dC.dtype.element_ty), mask=(i < numbers) & (n >= N))
 
 
 @triton.jit(do_not_specialize=["numbers", "channels", "pieces", "scans_a_group", "reverse_from"])
