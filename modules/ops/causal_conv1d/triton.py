@@ -11,8 +11,9 @@ TRITON_INTERPRET=1 (set before triton is imported) runs the kernels on a CPU, fo
 import torch
 from torch.autograd.function import once_differentiable
 
+from modules.ops import kernels
 from modules.ops.backends import OK, Call
-from modules.ops.selective_scan.triton import availability, interpreting  # noqa: F401
+from modules.ops.kernels import availability, dense_rows, interpreting  # noqa: F401
 
 CHANNELS = 128  # a program's, two a thread: a warp reads 128 bytes of bf16 at once
 CHUNK = 4  # frames loaded ahead
@@ -24,10 +25,9 @@ BACKWARD_FRAMES = 128
 
 
 def supports(call: Call) -> str:
-    if call.device != "cuda" and not (call.device == "cpu" and interpreting()):
-        return f"runs on cuda, not on {call.device}"
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has no kernel for {call.dtype}"
+    reason = kernels.supports(call)
+    if reason != OK:
+        return reason
     if not 2 <= call.width <= 8:
         return f"has kernels of size 2 to 8, not {call.width}"
     if call.initial_state or call.return_state:
@@ -52,7 +52,7 @@ class _TritonConv(torch.autograd.Function):
     def forward(ctx, x, weights, biases, lengths, activation, forward, reverse):
         from modules.ops.causal_conv1d.triton_kernels import forward_kernel
 
-        x = _rows(x)
+        x = dense_rows(x)
         weights, biases, lengths = (
             None if t is None else t.contiguous() for t in (weights, biases, lengths)
         )
@@ -80,7 +80,7 @@ class _TritonConv(torch.autograd.Function):
         x, weights, biases, lengths = ctx.saved_tensors
         batch, frames, channels = x.shape
         directions, _, width = weights.shape
-        dy = _rows(dy)
+        dy = dense_rows(dy)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         tiles, tile = _tiles(frames, BACKWARD_FRAMES)
         shape = (batch * tiles, directions, width + 1, channels)
@@ -97,11 +97,6 @@ class _TritonConv(torch.autograd.Function):
         dweights = total[:, :width].transpose(1, 2).to(weights.dtype)
         dbiases = None if biases is None else total[:, width].to(biases.dtype)
         return dx, dweights, dbiases, None, None, None, None
-
-
-def _rows(x):
-    """Make each frame's row dense; the rows may lie anywhere."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _tiles(steps, longest):

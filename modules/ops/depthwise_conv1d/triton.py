@@ -11,8 +11,9 @@ TRITON_INTERPRET=1 (set before triton is imported) runs the kernels on a CPU, fo
 import torch
 from torch.autograd.function import once_differentiable
 
+from modules.ops import kernels
 from modules.ops.backends import OK, Call
-from modules.ops.selective_scan.triton import availability, interpreting  # noqa: F401
+from modules.ops.kernels import availability, dense_rows, interpreting  # noqa: F401
 
 WIDEST = 63
 CHANNELS = 64  # a program's, one a thread: K taps, K inputs and K sums of each fill its registers
@@ -28,10 +29,9 @@ BACKWARD_FRAMES = 160
 
 
 def supports(call: Call) -> str:
-    if call.device != "cuda" and not (call.device == "cpu" and interpreting()):
-        return f"runs on cuda, not on {call.device}"
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has no kernel for {call.dtype}"
+    reason = kernels.supports(call)
+    if reason != OK:
+        return reason
     if call.width > WIDEST:
         return f"has kernels of size 1 to {WIDEST}, not {call.width}"
     return OK
@@ -47,7 +47,7 @@ class _Depthwise(torch.autograd.Function):
     def forward(ctx, x, weight, bias, lengths):
         from modules.ops.depthwise_conv1d.triton_kernels import forward_kernel
 
-        x, lengths = _rows(x), lengths.contiguous()
+        x, lengths = dense_rows(x), lengths.contiguous()
         # Rounded and, so that neighbouring threads read neighbours, turned to (K, D) in one copy.
         taps = torch.empty(weight.shape[::-1], dtype=x.dtype, device=x.device).copy_(weight.t())
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
@@ -64,7 +64,7 @@ class _Depthwise(torch.autograd.Function):
         from modules.ops.depthwise_conv1d.triton_kernels import backward_kernel
 
         x, taps, lengths = ctx.saved_tensors
-        dy = _rows(dy)
+        dy = dense_rows(dy)
         batch, frames, channels = x.shape
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         plan = _tiles(frames, len(taps), BACKWARD_FRAMES, BACKWARD_CHUNK)
@@ -77,11 +77,6 @@ class _Depthwise(torch.autograd.Function):
         dweight = total[:-1].t().to(weight_dtype)
         dbias = None if bias_dtype is None else total[-1].to(bias_dtype)
         return dx, dweight, dbias, None
-
-
-def _rows(x):
-    """Make each frame's row dense; the rows may lie anywhere."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _tiles(frames, width, longest, chunk):

@@ -10,18 +10,9 @@ TRITON_INTERPRET=1 (set before triton is imported) runs the kernels on a CPU, fo
 import torch
 from torch.autograd.function import once_differentiable
 
-from modules.ops.backends import OK, Call
-from modules.ops.selective_scan.triton import availability, interpreting  # noqa: F401
+from modules.ops.kernels import availability, dense_rows, interpreting, supports  # noqa: F401
 
 CHANNELS = 1024  # a program's, at most: 16 bytes of bf16 a thread
-
-
-def supports(call: Call) -> str:
-    if call.device != "cuda" and not (call.device == "cpu" and interpreting()):
-        return f"runs on cuda, not on {call.device}"
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has no kernel for {call.dtype}"
-    return OK
 
 
 def gated_mean(y, z):
@@ -34,7 +25,7 @@ class _GatedMean(torch.autograd.Function):
     def forward(ctx, y, z):
         from modules.ops.gating.triton_kernels import forward_kernel
 
-        y, z = _rows(y), _rows(z)
+        y, z = dense_rows(y), dense_rows(z)
         ctx.save_for_backward(y, z)
         out = torch.empty(z.shape, dtype=y.dtype, device=y.device)
         _launch(forward_kernel, (y, z, out), (*y.stride()[:3], *z.stride()[:2]), z.shape)
@@ -46,16 +37,11 @@ class _GatedMean(torch.autograd.Function):
         from modules.ops.gating.triton_kernels import backward_kernel
 
         y, z = ctx.saved_tensors
-        dout = _rows(dout)
+        dout = dense_rows(dout)
         dy, dz = (torch.empty(z.shape, dtype=x.dtype, device=x.device) for x in (y, z))
         strides = (*y.stride()[:3], *z.stride()[:2], *dout.stride()[:2])
         _launch(backward_kernel, (y, z, dout, dy, dz), strides, z.shape)
         return dy.expand(y.shape), dz
-
-
-def _rows(x):
-    """Make each frame's row dense; the rows may lie anywhere."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _launch(kernel, tensors, strides, shape):

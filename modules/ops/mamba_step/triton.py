@@ -6,17 +6,17 @@ sums are float32. TRITON_INTERPRET=1 (set before triton is imported) runs it on 
 
 import torch
 
+from modules.ops import kernels
 from modules.ops.backends import OK, Call
-from modules.ops.selective_scan.triton import availability, interpreting  # noqa: F401
+from modules.ops.kernels import availability, interpreting  # noqa: F401
 
 CHANNELS = 64  # a program's
 
 
 def supports(call: Call) -> str:
-    if call.device != "cuda" and not (call.device == "cpu" and interpreting()):
-        return f"runs on cuda, not on {call.device}"
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has no kernel for {call.dtype}"
+    reason = kernels.supports(call)
+    if reason != OK:
+        return reason
     if call.width > 64:
         return f"holds at most 64 states, not {call.width}"
     if call.needs_grad:

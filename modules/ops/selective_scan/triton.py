@@ -13,14 +13,12 @@ work (see `triton_sums`).
 TRITON_INTERPRET=1 (set before triton is imported) runs the kernels on a CPU, for tests.
 """
 
-import functools
 import math
-import os
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from modules.ops.backends import OK, Call
+from modules.ops.kernels import availability, dense_rows, interpreting, supports  # noqa: F401
 
 CHANNELS = 32  # a program's
 STATES = 16  # a program's at most: more do not fit its registers
@@ -28,33 +26,6 @@ CHUNK = 4  # frames loaded ahead, and held in registers by the backward
 SEGMENT = 32  # frames between kept states
 ENOUGH = 1024  # programs that fill a large card
 LEAST = 512  # frames a piece, at least
-
-
-def availability() -> str:
-    if not torch.cuda.is_available() and not interpreting():
-        return "needs a CUDA device, and torch sees none"
-    return _importable()
-
-
-def supports(call: Call) -> str:
-    if call.device != "cuda" and not (call.device == "cpu" and interpreting()):
-        return f"runs on cuda, not on {call.device}"
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has no kernel for {call.dtype}"
-    return OK
-
-
-def interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def _importable() -> str:
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); on Linux it comes with torch"
-    return OK
 
 
 def selective_scan(
@@ -124,7 +95,7 @@ class _TritonScan(torch.autograd.Function):
         u, dt, A, B, C, D, z, dt_bias, initial = tensors
 
         groups, batch, _, channels = u.shape
-        u, dt, z = (_rows(x) for x in (u, dt, z))
+        u, dt, z = (dense_rows(x) for x in (u, dt, z))
         BC, packed = _side_by_side(B, C)
         A_t = _scaled(A)
         D, dt_bias, lengths = (None if x is None else x.contiguous() for x in (D, dt_bias, lengths))
@@ -162,7 +133,7 @@ class _TritonScan(torch.autograd.Function):
         if ctx.alone:
             dy, dfinal = (None if x is None else x.unsqueeze(0) for x in (dy, dfinal))
         groups, batch, pieces, _, _, channels = starts.shape
-        dy = torch.zeros_like(u) if dy is None else _rows(dy)
+        dy = torch.zeros_like(u) if dy is None else dense_rows(dy)
         du, ddt, dz = (
             None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
             for x in (u, dt, z)
@@ -283,8 +254,3 @@ def _scaled(A):
 def _state(x):
     """(G, B, D, N) -> (G, B, N, D) in float32."""
     return None if x is None else x.float().transpose(2, 3).contiguous()
-
-
-def _rows(x):
-    """Make each frame's row dense; the rows may lie anywhere."""
-    return x if x is None or x.stride(3) == 1 else x.contiguous()
