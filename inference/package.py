@@ -1,0 +1,146 @@
+"""A training's output folder to a package: one folder with all that transcribing needs."""
+
+import json
+import os
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import torch
+from speechbrain.utils.checkpoints import average_checkpoints
+
+from inference.card import model_card
+from inference.recognizer import Recognizer
+from inference.resolved import Resolved, configuration
+from inference.snapshot import ROOT, copy_code
+from modules.checkpoints import best, list_checkpoints, newest, resumable
+from modules.errors import UserError
+
+# SpeechBrain's `foreign_class` reads this first; `interface.py` does the rest.
+HYPERPARAMS = """# For SpeechBrain's foreign_class; config.json describes the model.
+modules: {}
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+"""
+
+
+def package(run, output, overwrite=False, use_lm=True):
+    """Write the package of a training's output folder; returns its path.
+
+    It is written beside `output`, loaded once to see that it is whole, then renamed: `output` is
+    never half a package. UserError for whatever is missing or does not fit.
+    """
+    run, output = Path(run), Path(output).absolute()
+    check_run(run)
+    check_output(output, overwrite)
+    resolved = Resolved(run / "hyperparams.yaml")
+    config = configuration(resolved, use_lm)
+    found = checkpoints(run, resolved)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    try:
+        beside.mkdir()
+        write(beside, run, resolved, config, found)
+        recognizer = Recognizer.from_folder(beside, device="cpu")
+        card = model_card(run, resolved, config, recognizer.model, commit())
+        (beside / "README.md").write_text(card, encoding="utf-8")
+        put(beside, output)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return output
+
+
+def check_run(run):
+    """UserError unless a folder holds a training's hyperparams.yaml."""
+    if not run.is_dir():
+        raise UserError(f"there is no folder {run}; give the output_folder of a training")
+    if not (run / "hyperparams.yaml").is_file():
+        raise UserError(
+            f"{run} holds no hyperparams.yaml; give the output_folder of a training, "
+            "results/CTC/conmamba_large/3402 for instance"
+        )
+
+
+def check_output(output, overwrite):
+    """UserError when the output exists, unless it is a package that may go."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{output} exists; give --overwrite, or another --output")
+    if not (output / "config.json").is_file():
+        raise UserError(f"{output} is no package, so it is not overwritten; give another --output")
+
+
+def checkpoints(run, resolved):
+    """The run's checkpoints, found where the test stage finds them."""
+    # A folder that was moved holds its checkpoints still.
+    save = run / "save"
+    found = list_checkpoints(save if save.is_dir() else resolved.value("save_folder"))
+    resume = resolved.value("resume")
+    if not found and resume:
+        found = resumable(resume)
+    if not found:
+        raise UserError(f"there is no checkpoint in {save}; train first, at least one epoch")
+    return found
+
+
+def write(folder, run, resolved, config, found):
+    """Fill a folder: weights, statistics, tokenizer, configuration, code."""
+    torch.save(average(resolved, config, found), folder / "model.ckpt")
+    shutil.copyfile(newest(found).paramfiles["normalizer"], folder / "normalizer.ckpt")
+    save = newest(found).path.parent
+    if "Subword" in config["parts"]["tokenizer"]["new"]:
+        copy(save / "tokenizer.model", folder / "tokenizer.ckpt")
+    if "language_model" in config["parts"]:
+        # An evaluation with `resume` keeps its language model in its own folder.
+        places = [run / "save" / "lm.ckpt", save / "lm.ckpt"]
+        copy(next((p for p in places if p.is_file()), places[0]), folder / "lm.ckpt")
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "hyperparams.yaml").write_text(HYPERPARAMS, encoding="utf-8")
+    copy_code(folder / "src")
+    shutil.copyfile(Path(__file__).with_name("interface.py"), folder / "interface.py")
+    shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
+
+
+def copy(source, target):
+    if not source.is_file():
+        raise UserError(f"{source} is missing; the model cannot transcribe without it")
+    shutil.copyfile(source, target)
+
+
+def average(resolved, config, found):
+    """The weights that the test stage evaluates: {"encoder....": tensor}."""
+    metric, higher = ("ACC", True) if "decoder" in config["parts"] else ("WER", False)
+    chosen = best(found, metric, higher, resolved.value("avg_checkpoints"))
+    read = partial(torch.load, map_location="cpu", weights_only=True)
+    order, weights = resolved.model_order(), {}
+    for key, weight in average_checkpoints(chosen, "model", parameter_loader=read).items():
+        index, _, name = key.partition(".")
+        if not index.isdigit() or int(index) >= len(order):
+            raise UserError(f"weight {key!r} of {chosen[0].path} belongs to no part of `model`")
+        weights[f"{order[int(index)]}.{name}"] = weight
+    return weights
+
+
+def put(beside, output):
+    """Rename; an earlier package goes once the new one can take its place."""
+    old = output.with_name(f".{output.name}.old-{os.getpid()}")
+    if output.exists():
+        os.rename(output, old)
+    os.rename(beside, output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def commit():
+    """This code's commit, with "+ changes" when files differ from it; None where git has none."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        if head.returncode:
+            return None
+        status = [*git, "status", "--porcelain", "--untracked-files=no", "modules", "inference"]
+        changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return None
+    return head.stdout.strip() + (" + changes" if changed else "")

@@ -1,0 +1,119 @@
+"""An output folder's hyperparams.yaml to plain data: read as text, nothing in it is executed."""
+
+from pathlib import Path
+
+import yaml
+
+from inference.parts import CLASSES, FORMAT, MODEL, build
+from modules.errors import UserError
+
+PARTS = {  # the package's name of a part: the YAML file's
+    "features": "compute_features",
+    "normalize": "normalize",
+    "frontend": "frontend",
+    "encoder": "encoder",
+    "ctc_head": "ctc_head",
+    "decoder": "decoder",
+    "seq_head": "seq_head",
+    "tokenizer": "tokenizer",
+}
+TAGS = {"!new:": "new", "!name:": "factory"}
+
+
+class Resolved:
+    """A resolved HyperPyYAML file.
+
+    `value(key)` is a top-level key as plain data, with objects as `inference.parts` reads them.
+    """
+
+    def __init__(self, path):
+        try:
+            root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not a YAML file: {error}") from None
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{path} holds no keys; give the file that training wrote")
+        self.path = path
+        self.nodes = {key.value: node for key, node in root.value}
+        self.loader = yaml.SafeLoader("")
+
+    def __contains__(self, key):
+        return key in self.nodes
+
+    def value(self, key, named=()):
+        """A key as plain data; `named` parts in it become `{"part": name}`.
+
+        UserError when it is missing, or holds a class that a package cannot name.
+        """
+        if key not in self.nodes:
+            raise UserError(f"{self.path} lacks the key {key}; it is not this project's recipe")
+        nodes = {id(self.nodes[PARTS[name]]): name for name in named}
+        return self.plain(self.nodes[key], nodes, key)
+
+    def plain(self, node, named, key):
+        if id(node) in named:
+            return {"part": named[id(node)]}
+        prefix = next((tag for tag in TAGS if node.tag.startswith(tag)), None)
+        if prefix is not None:
+            return self.plain_object(node, prefix, named, key)
+        if node.tag.startswith("!"):
+            raise UserError(f"{key} holds {node.tag}, which is no plain value; write the value")
+        if isinstance(node, yaml.SequenceNode):
+            return [self.plain(n, named, key) for n in node.value]
+        if isinstance(node, yaml.MappingNode):
+            return {k.value: self.plain(v, named, key) for k, v in node.value}
+        return self.loader.construct_object(node)
+
+    def plain_object(self, node, prefix, named, key):
+        name = node.tag.removeprefix(prefix)
+        if name not in CLASSES:
+            raise UserError(
+                f"{key} is made by {name}, which a package cannot hold; known are "
+                f"{', '.join(CLASSES)} (inference/parts.py)"
+            )
+        if isinstance(node, yaml.SequenceNode):
+            raise UserError(f"{key}: give the arguments of {name} by name")
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        return {TAGS[prefix]: name} | {k.value: self.plain(v, named, key) for k, v in pairs}
+
+    def model_order(self):
+        """The names of the parts in the order of the checkpoint's numbers."""
+        known = {id(self.nodes[PARTS[name]]): name for name in MODEL if PARTS[name] in self.nodes}
+        try:
+            (members,) = self.nodes["model"].value
+            return [known[id(node)] for node in members.value]
+        except (KeyError, ValueError, TypeError, AttributeError):
+            raise UserError(
+                f"{self.path}: `model` is not one list of {', '.join(MODEL)}; other parts cannot "
+                "be packaged"
+            ) from None
+
+
+def configuration(resolved, use_lm=True):
+    """The package's configuration of a resolved YAML file: what transcribing needs, no more.
+
+    use_lm: whether the test stage's language model goes along, if it has one.
+    """
+    order = resolved.model_order()
+    parts = {n: resolved.value(PARTS[n]) for n in PARTS if n not in MODEL or n in order}
+    config = {"format": FORMAT, "sample_rate": resolved.value("sample_rate"), "parts": parts}
+    if "decoder" in order:
+        parts["search"] = resolved.value("test_search", order)
+    else:
+        parts["search"] = {
+            "new": "modules.search.CTCSearch",
+            "labels": build(parts["tokenizer"], {}).labels,
+            "beam_size": resolved.value("test_beam_size"),
+            "beam_prune_logp": resolved.value("beam_prune_logp"),
+            "token_prune_min_logp": resolved.value("token_prune_min_logp"),
+        }
+    if not resolved.value("no_lm") and use_lm:
+        if "decoder" not in order:
+            raise UserError(
+                "the test stage searches with an n-gram model (no_lm is False), which a package "
+                "cannot hold; give --no-lm to package the acoustic model alone"
+            )
+        parts["language_model"] = resolved.value("make_lm")
+        config["lm_weight"] = resolved.value("lm_weight")
+        config["lm_temperature"] = resolved.value("temperature_lm")
+    return config

@@ -1,0 +1,394 @@
+"""A packaged model gives the texts of the test stage, from anywhere, and damage has a name."""
+
+import csv
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from hyperpyyaml import resolve_references
+from speechbrain.lobes.models.transformer.TransformerLM import TransformerLM
+
+import package as script
+from inference import Recognizer, Transcript
+from inference.package import package
+from inference.resolved import Resolved, configuration
+from inference.snapshot import needed_files
+from modules.errors import UserError
+from tests.recipes import runs
+
+RECIPES = {"ctc": "CTC/conmamba_tiny.yaml", "s2s": "S2S/conmambamamba_tiny.yaml"}
+YAML_FILES = [p for r in runs.SCRIPTS for p in sorted(runs.ROOT.glob(f"hparams/{r}/*.yaml"))]
+# Enough for texts that differ, and for an average of two checkpoints.
+OPTIONS = {
+    "ctc": {
+        "number_of_epochs": 3,
+        "lr_model": 1.0e-2,
+        "n_warmup_steps": 20,
+        "max_batch_length_train": 4,
+        "d_model": 32,
+        "dropout": 0,
+        "speeds": "[100]",
+        "fea_augment": "{augment_prob: 0.0}",
+    },
+    "s2s": {"number_of_epochs": 2},
+}
+TESTS = ("test-a", "test-b")
+
+
+def trained(name, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(name)
+    runs.train(RECIPES[name], folder / "run", **OPTIONS[name])
+    return folder / "run", package(folder / "run", folder / "package")
+
+
+@pytest.fixture(scope="module")
+def ctc(tmp_path_factory):
+    """(training's output folder, package)."""
+    return trained("ctc", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def s2s(tmp_path_factory):
+    return trained("s2s", tmp_path_factory)
+
+
+@pytest.fixture(params=RECIPES)
+def both(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def copied(ctc, tmp_path):
+    """A copy of a package that can be damaged."""
+    return shutil.copytree(ctc[1], tmp_path / "copy")
+
+
+def hypotheses(run):
+    """What the test stage heard: {utterance: text}, from wer_<test set>.txt."""
+    texts = {}
+    for name in TESTS:
+        lines = (run / f"wer_{name}.txt").read_text().splitlines()
+        for i, line in enumerate(lines):
+            if ", %WER " in line and line[0] != "<":
+                words = [w.strip() for w in lines[i + 3].split(";")]
+                texts[line.partition(",")[0]] = " ".join(w for w in words if w != "<eps>")
+    return texts
+
+
+def recordings(run):
+    """{utterance: path} of the test sets."""
+    paths = {}
+    for name in TESTS:
+        with open(run / f"{name}.csv") as f:
+            paths |= {row["ID"]: row["wav"] for row in csv.DictReader(f)}
+    return {k: v.replace("$data_root", str(runs.corpus())) for k, v in paths.items()}
+
+
+def make_read_only(folder):
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
+
+
+def run_elsewhere(code, arguments, cwd, path):
+    """Run Python code in a fresh process without a network: what it printed, as JSON."""
+    offline = "import socket\nsocket.socket.connect = None\n"
+    done = subprocess.run(
+        [sys.executable, "-c", offline + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=runs.environment(PYTHONPATH=str(path)),
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- The same text ----
+
+LOAD = """
+import json, sys
+from inference import Recognizer
+texts = {}
+for folder in sys.argv[2:]:
+    recognizer = Recognizer.from_folder(folder, device="cpu")
+    found = recognizer.transcribe(json.loads(sys.argv[1]))
+    texts[folder] = [t.text for t in found]
+print(json.dumps(texts))
+"""
+
+FOREIGN = """
+import json, sys
+from speechbrain.inference.interfaces import foreign_class
+texts = {}
+for folder in sys.argv[2:]:
+    model = foreign_class(source=folder, pymodule_file="interface.py", classname="Interface",
+                          run_opts={"device": "cpu"})
+    texts[folder] = [model.transcribe_file(path) for path in json.loads(sys.argv[1])]
+import inference, modules
+texts["code"] = [inference.__file__, modules.__file__]
+print(json.dumps(texts))
+"""
+
+
+@pytest.mark.parametrize(("code", "path"), [(LOAD, runs.ROOT), (FOREIGN, "")])
+def test_texts_are_the_test_stages_elsewhere(code, path, ctc, s2s, tmp_path):
+    folders = {shutil.copytree(p, tmp_path / r.parent.name): r for r, p in (ctc, s2s)}
+    for folder in folders:
+        make_read_only(folder)
+    before = [runs.files_of(folder) for folder in folders]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    paths = recordings(ctc[0])
+    found = run_elsewhere(code, [json.dumps(list(paths.values())), *folders], elsewhere, path)
+    for folder, run in folders.items():
+        texts = dict(zip(paths, found[str(folder)], strict=True))
+        assert texts == hypotheses(run)
+        assert len(set(texts.values())) > 1  # not one text for whatever is said
+    for file in found.get("code", []):
+        assert file.startswith(str(tmp_path))  # the package's own
+    assert before == [runs.files_of(folder) for folder in folders]
+    assert not list(elsewhere.iterdir())
+
+
+def test_an_utterance_alone_as_in_a_batch(both):
+    run, folder = both
+    recognizer = Recognizer.from_folder(folder, device="cpu")
+    for name, path in recordings(run).items():
+        (samples, rate), expected = sf.read(path, dtype="float32"), hypotheses(run)[name]
+        transcript = recognizer.transcribe(path)
+        assert transcript == Transcript(expected, len(samples) / rate)
+        assert recognizer.transcribe(samples, sample_rate=rate) == transcript
+    assert [
+        t.text for t in recognizer.transcribe(list(recordings(run).values()), batch_size=3)
+    ] == (list(hypotheses(run)[name] for name in recordings(run)))
+    assert recognizer.transcribe([]) == []
+
+
+def test_the_language_model_goes_along(s2s, tmp_path):
+    run, _ = s2s
+    sizes = {"d_model": 16, "nhead": 2, "num_encoder_layers": 1, "d_ffn": 16}
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copyfile(run / "save/tokenizer.model", source / "tokenizer.ckpt")
+    torch.manual_seed(0)
+    lm = TransformerLM(vocab=10, num_decoder_layers=0, dropout=0.0, normalize_before=False, **sizes)
+    torch.save(lm.state_dict(), source / "lm.ckpt")
+    options = {"no_lm": False, "lm_weight": 3.0, "make_lm": str(sizes)}
+    runs.train(
+        RECIPES["s2s"],
+        tmp_path / "run",
+        resume=run,
+        skip_train=True,
+        pretrained_lm_tokenizer_path=source,
+        **options,
+    )
+    recognizer = Recognizer.from_folder(package(tmp_path / "run", tmp_path / "lm"), device="cpu")
+    paths, expected = recordings(run), hypotheses(tmp_path / "run")
+    assert expected != hypotheses(run)
+    found = recognizer.transcribe(list(paths.values()))
+    assert dict(zip(paths, [t.text for t in found], strict=True)) == expected
+    without = package(tmp_path / "run", tmp_path / "without", use_lm=False)
+    found = Recognizer.from_folder(without, device="cpu").transcribe(list(paths.values()))
+    assert dict(zip(paths, [t.text for t in found], strict=True)) == hypotheses(run)
+
+
+# ---- Audio ----
+
+
+def test_any_rate_channels_and_type(ctc, tmp_path):
+    recognizer = Recognizer.from_folder(ctc[1], device="cpu")
+    text = "ABE BEAD CAB"
+    samples = runs.speak(text).astype(np.float32)
+    expected = recognizer.transcribe(samples, sample_rate=16000)
+    assert expected.duration == pytest.approx(0.12 * len(text))
+    sf.write(tmp_path / "stereo.wav", np.stack([1.5 * samples, 0.5 * samples], 1), 16000, "FLOAT")
+    assert recognizer.transcribe(tmp_path / "stereo.wav") == expected
+    assert recognizer.transcribe(torch.from_numpy(samples), 16000) == expected
+    integers = (samples * 2**15).astype(np.int16)
+    exact = recognizer.transcribe(integers.astype(np.float32) / 2**15, 16000)
+    assert recognizer.transcribe(integers, 16000) == exact
+    for rate in (8000, 44100):
+        time = np.arange(int(rate * expected.duration)) / rate
+        other = np.interp(time, np.arange(len(samples)) / 16000, samples)
+        assert recognizer.transcribe(other, rate).duration == pytest.approx(
+            expected.duration, abs=1e-3
+        )
+    assert recognizer.transcribe(np.zeros(1), 16000).duration == 1 / 16000
+
+
+@pytest.mark.parametrize(
+    ("audio", "rate", "message"),
+    [
+        ("nothing.flac", None, "there is no file nothing.flac"),
+        (__file__, None, "is no audio"),
+        (np.zeros(16000), None, "give sample_rate=16000"),
+        (np.zeros(16000), -1, "sample_rate=-1"),
+        (np.zeros((2, 100)), 16000, r"\(2, 100\) is not one channel"),
+        (np.zeros(0), 16000, "holds no samples"),
+        (np.full(100, np.nan), 16000, "not finite"),
+        (np.zeros(100, bool), 16000, "torch.bool is unknown"),
+        (3, 16000, "type int"),
+    ],
+)
+def test_audio_that_cannot_be_used(ctc, audio, rate, message):
+    with pytest.raises(UserError, match=message):
+        Recognizer.from_folder(ctc[1], device="cpu").transcribe(audio, rate)
+
+
+# ---- Damage ----
+
+
+def change_weights(folder, change):
+    weights = torch.load(folder / "model.ckpt", weights_only=True)
+    change(weights)
+    torch.save(weights, folder / "model.ckpt")
+
+
+def refused(folder, message):
+    with pytest.raises(UserError, match=message):
+        Recognizer.from_folder(folder, device="cpu")
+
+
+def test_weights_that_do_not_fit_are_named(copied):
+    change_weights(copied, lambda w: w.update({"encoder.more": torch.zeros(1)}))
+    refused(copied, "unexpected weight 'encoder.more'")
+    change_weights(copied, lambda w: (w.pop("encoder.more"), w.pop("ctc_head.bias")))
+    refused(copied, "missing weight 'ctc_head.bias'")
+    change_weights(copied, lambda w: w.update({"ctc_head.bias": torch.zeros(3)}))
+    refused(copied, r"'ctc_head.bias' has shape \(3,\), config.json wants \(31,\)")
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "normalizer.ckpt"])
+@pytest.mark.parametrize("size", [0, 100, -100])
+def test_a_truncated_file(copied, name, size):
+    content = (copied / name).read_bytes()
+    (copied / name).write_bytes(content[:size])
+    refused(copied, rf"{name} \(\d+ bytes\) is damaged")
+
+
+def test_missing_files(copied, s2s, tmp_path):
+    refused(tmp_path / "nowhere", "there is no folder")
+    for name in ("model.ckpt", "normalizer.ckpt", "config.json"):
+        (copied / name).unlink()
+        refused(copied, f"{name} is missing")
+    folder = shutil.copytree(s2s[1], tmp_path / "s2s")
+    (folder / "tokenizer.ckpt").unlink()
+    refused(folder, r"tokenizer.ckpt is missing")
+
+
+def test_weights_that_would_run_code(copied, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    torch.save({"a": Evil()}, copied / "model.ckpt")
+    refused(copied, "damaged")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_configuration_names_listed_classes_only(copied):
+    path = copied / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("os.system", "modules.launch.run"):
+        config["parts"]["encoder"]["activation"] = {"factory": name}
+        path.write_text(json.dumps(config))
+        refused(copied, f"'{name}' is not a class that a package may name")
+    config["parts"]["encoder"] = {"new": "modules.encoder.Encoder", "width": 3}
+    path.write_text(json.dumps(config))
+    refused(copied, "'encoder' cannot be made.*width")
+    path.write_text(json.dumps(config | {"format": 99}))
+    refused(copied, "has format 99")
+    path.write_text("{")
+    refused(copied, "config.json is damaged")
+
+
+# ---- Packaging ----
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["package.py", *map(str, arguments)])
+    with runs.own_logging():
+        script.main()
+
+
+def test_the_command_line(ctc, tmp_path, monkeypatch, capsys):
+    run, _ = ctc
+    target = tmp_path / "new" / "package"
+    call(monkeypatch, run, "--output", target)
+    assert f"wrote {target}" in capsys.readouterr().out
+    card = (target / "README.md").read_text()
+    wer = (run / "wer_test-a.txt").read_text().split()[1]
+    for wanted in ("CTC/conmamba_tiny", "BiMamba", "| test-a |", f" {wer} |", "MIT", "commit"):
+        assert wanted in card
+    assert [p.name for p in target.parent.iterdir()] == ["package"]
+    # Again: only when asked, and then wholly.
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, run, "--output", target)
+    assert "give --overwrite" in capsys.readouterr().err
+    (target / "leftover").touch()
+    call(monkeypatch, run, "--output", target, "--overwrite")
+    assert not (target / "leftover").exists()
+    assert [p.name for p in target.parent.iterdir()] == ["package"]
+    with pytest.raises(SystemExit, match="0"):
+        call(monkeypatch, "--help")
+    assert "Recognizer.from_folder" in capsys.readouterr().out
+
+
+def test_nothing_is_written_when_packaging_fails(ctc, s2s, tmp_path):
+    run, _ = ctc
+    target = tmp_path / "package"
+    with pytest.raises(UserError, match="there is no folder"):
+        package(tmp_path / "nowhere", target)
+    with pytest.raises(UserError, match=r"holds no hyperparams.yaml"):
+        package(run / "save", target)
+    untrained = tmp_path / "untrained"
+    untrained.mkdir()
+    shutil.copyfile(run / "hyperparams.yaml", untrained / "hyperparams.yaml")
+    (untrained / "save").mkdir()
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        package(untrained, target)
+    moved = shutil.copytree(s2s[0], tmp_path / "moved")
+    (moved / "save/tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"tokenizer.model is missing"):
+        package(moved, target)
+    with pytest.raises(UserError, match="is no package, so it is not overwritten"):
+        package(run, moved, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["moved", "untrained"]
+
+
+def test_a_foreign_class_in_the_recipe_is_refused(ctc, tmp_path):
+    run = shutil.copytree(ctc[0], tmp_path / "run")
+    text = (run / "hyperparams.yaml").read_text()
+    (run / "hyperparams.yaml").write_text(text.replace("modules.mamba.BiMamba", "my.Mixer"))
+    with pytest.raises(UserError, match=r"encoder is made by my.Mixer.*inference/parts.py"):
+        package(run, tmp_path / "package")
+
+
+def test_packaging_leaves_the_run_alone(both, tmp_path):
+    run, _ = both
+    before = runs.files_of(run)
+    package(run, tmp_path / "package")
+    assert runs.files_of(run) == before
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=lambda p: p.stem)
+def test_every_shipped_file_has_a_configuration(path, tmp_path):
+    with open(path) as f:
+        (tmp_path / "resolved.yaml").write_text(resolve_references(f).read())
+    config = configuration(Resolved(tmp_path / "resolved.yaml"))
+    assert config == json.loads(json.dumps(config))
+
+
+def test_the_snapshot_holds_what_is_imported_and_no_training_code():
+    files = {str(p) for p in needed_files()}
+    assert {"inference/recognizer.py", "modules/ops/selective_scan/chunked.py"} <= files
+    assert not {"modules/brain.py", "modules/data.py", "inference/package.py"} & files
