@@ -27,8 +27,7 @@ class ASR(ASRBrain):
     def compute_objectives(self, predictions, batch, stage):
         """The CTC loss; outside training also the error rates."""
         log_probs, lengths = predictions
-        tokens, token_lengths = self.tokens(batch, "tokens")
-        loss = self.hparams.ctc_cost(log_probs, tokens, lengths, token_lengths)
+        loss = self.ctc_loss(log_probs, lengths, batch, stage)
         if stage == sb.Stage.VALID:
             hypotheses = ctc_greedy(log_probs, lengths)
             self.score(batch, [self.tokenizer.decode(ids) for ids in hypotheses])

@@ -33,9 +33,8 @@ class ASR(ASRBrain):
     def compute_objectives(self, predictions, batch, stage):
         """The weighted sum of both losses; outside training also accuracy and error rates."""
         ctc, log_probs, memory, lengths = predictions
-        tokens, token_lengths = self.tokens(batch, "tokens")
         targets, target_lengths = self.tokens(batch, "tokens_eos")
-        loss_ctc = self.hparams.ctc_cost(ctc, tokens, lengths, token_lengths)
+        loss_ctc = self.ctc_loss(ctc, lengths, batch, stage)
         loss_seq = self.hparams.seq_cost(log_probs, targets, target_lengths)
         if stage != sb.Stage.TRAIN:
             self.accuracy.append(log_probs, targets, relative(target_lengths, targets.shape[1]))

@@ -18,12 +18,14 @@ from modules.data import WholeStepSampler
 from modules.errors import UserError
 from modules.lengths import absolute, relative
 from modules.loggers import make_loggers
-from modules.optimizers import clip_all_groups, parameter_groups
+from modules.losses import too_few_frames
+from modules.nonfinite import FiniteBrain
+from modules.optimizers import advance_before_steps, clip_all_groups, parameter_groups
 
 logger = logging.getLogger(__name__)
 
 
-class ASRBrain(sb.Brain):
+class ASRBrain(FiniteBrain):
     """Encodes, scores word errors, checkpoints, averages and schedules the learning rate.
 
     A subclass gives `compute_forward`, `compute_objectives`, `prepare_test` and names the
@@ -69,11 +71,21 @@ class ASRBrain(sb.Brain):
         ids, relative_lengths = batch[name]
         return ids, absolute(relative_lengths, ids.shape[1])
 
+    def ctc_loss(self, log_probs, lengths, batch, stage):
+        """The CTC loss of log-probabilities (B, T, V); training notes who has too few frames."""
+        tokens, token_lengths = self.tokens(batch, "tokens")
+        if stage == sb.Stage.TRAIN:
+            short = too_few_frames(tokens, lengths, token_lengths)
+            self.unalignable.append((short, batch.id))
+        return self.hparams.ctc_cost(log_probs, tokens, lengths, token_lengths)
+
     # ---- Error rates ----
 
     def on_stage_start(self, stage, epoch=None):
-        """Fresh metrics for validation and test."""
-        if stage != sb.Stage.TRAIN:
+        """Fresh counts for training, fresh metrics for validation and test."""
+        if stage == sb.Stage.TRAIN:
+            self.forget_epoch()
+        else:
             self.wer = ErrorRateStats()
             self.cer = ErrorRateStats(split_tokens=True)
             self.search_seconds = self.audio_seconds = 0.0
@@ -99,7 +111,7 @@ class ASRBrain(sb.Brain):
     # ---- Optimisation ----
 
     def init_optimizers(self):
-        """Two parameter groups, with and without weight decay; clipping over both."""
+        """Two parameter groups, with and without weight decay; clipping and rate for both."""
         weight_decay = getattr(self.hparams, "weight_decay", 0.0)
         self.optimizer = self.opt_class(parameter_groups(self.modules, weight_decay))
         self.optimizers_dict = {"optimizer": self.optimizer}
@@ -109,14 +121,10 @@ class ASRBrain(sb.Brain):
         if self.max_grad_norm > 0:
             clip_all_groups(self.optimizer, self.max_grad_norm)
         self.max_grad_norm = math.inf
+        advance_before_steps(self.hparams.lr_scheduler, self.optimizer)
 
     def fit_batch(self, batch):
         return super().fit_batch(batch.to(self.device))
-
-    def on_fit_batch_start(self, batch, should_step):
-        """Advance the schedule before the step, so that warm-up begins with the first one."""
-        if should_step:
-            self.hparams.lr_scheduler(self.optimizer)
 
     def _train_loader_specifics(self, dataset, loader_kwargs):
         """Share the batches among the ranks, and tell the sampler every epoch."""
@@ -134,6 +142,9 @@ class ASRBrain(sb.Brain):
         """Log the stage; after validation write a checkpoint, after a test its error rates."""
         if stage == sb.Stage.TRAIN:
             self.train_stats = {"loss": self.mean_of_ranks(stage_loss)}
+            if self.skipped_batches:
+                self.train_stats["skipped batches"] = self.skipped_batches
+            self.report_unalignable()
         elif stage == sb.Stage.VALID:
             stats = {"loss": stage_loss, **self.validation_statistics()}
             self.loggers.log_stats(

@@ -3,14 +3,14 @@
 import torch
 from speechbrain.nnet import losses
 
-from modules.lengths import relative
+from modules.lengths import relative, valid_frames
 
 
 def ctc_loss(log_probs, tokens, lengths, token_lengths, blank_index=0):
     """CTC (Graves et al. 2006), summed over each utterance and averaged over the batch.
 
     log_probs (B, T, V), tokens (B, U), lengths (B,) frames, token_lengths (B,) -> scalar.
-    An utterance with more tokens than frames counts zero. PyTorch has no CTC kernel for MPS, so
+    An utterance of `too_few_frames` counts zero. PyTorch has no CTC kernel for MPS, so
     there the loss, a few thousand numbers, is taken on the CPU.
     """
     device = log_probs.device
@@ -28,6 +28,17 @@ def ctc_loss(log_probs, tokens, lengths, token_lengths, blank_index=0):
         reduction="batchmean",
     )
     return loss.to(device)
+
+
+def too_few_frames(tokens, lengths, token_lengths):
+    """Mark utterances that CTC cannot align: (B, U), frames (B,), (B,) -> (B,) bool.
+
+    Every token takes a frame, and so does the blank between two equal ones.
+    """
+    repeated = (tokens[:, 1:] == tokens[:, :-1]) & valid_frames(
+        token_lengths - 1, tokens.shape[1] - 1
+    )
+    return token_lengths + repeated.sum(1) > lengths
 
 
 def sequence_loss(log_probs, tokens, token_lengths, label_smoothing=0.0):

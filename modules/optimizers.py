@@ -39,3 +39,16 @@ def clip_all_groups(optimizer, max_norm):
         nn.utils.clip_grad_norm_(parameters, max_norm)
 
     return optimizer.register_step_pre_hook(clip)
+
+
+def advance_before_steps(schedule, optimizer):
+    """Advance a learning rate schedule before every step, so that warm-up begins with the first.
+
+    A step that is not taken, for numbers that are not finite, does not advance it. Returns the
+    handle that removes the hook.
+    """
+
+    def advance(optimizer, args, kwargs):
+        schedule(optimizer)  # what it returns is not for the optimizer
+
+    return optimizer.register_step_pre_hook(advance)

@@ -22,12 +22,17 @@ SHOWN_OPTIONS = (
     "device precision eval_precision grad_accumulation_factor max_grad_norm debug debug_batches "
     "debug_epochs noprogressbar optimizer_step_limit ckpt_interval_minutes distributed_backend"
 )
-RUN_OPTIONS = {n: v for n, v in RunOptions().as_dict().items() if n in HELP_TEXTS}
+# max_nonfinite_steps stands for these.
+REPLACED_OPTIONS = ("nonfinite_patience", "skip_nonfinite_grads")
+RUN_OPTIONS = {
+    n: v for n, v in RunOptions().as_dict().items() if n in HELP_TEXTS and n not in REPLACED_OPTIONS
+}
 LIST_OPTIONS = ("jit_module_keys", "compile_module_keys")
 PRECISIONS = ("fp32", "bf16", "fp16")
 POSITIVE = (
     "number_of_epochs batch_size test_batch_size avg_checkpoints grad_accumulation_factor "
     "max_batch_length_train max_batch_length_val max_batch_ex num_buckets n_warmup_steps "
+    "max_nonfinite_steps "
     "d_model num_encoder_layers num_decoder_layers d_ffn d_state expand d_conv nhead kernel_size "
     "cnn_channels_1 cnn_channels_2 output_neurons valid_search_interval valid_beam_size "
     "test_beam_size sample_rate n_fft win_length hop_length n_mels"

@@ -92,6 +92,8 @@ def test_a_file_that_is_no_hyperpyyaml(capfd, monkeypatch, tmp_path, text):
         (["--num_workers", "-1"], "num_workers=-1 must be 0 or more"),
         (["--normalize_until_epoch", "1"], "use 2 or more"),
         (["--n_warmup_steps", "0"], "n_warmup_steps=0 must be positive"),
+        (["--max_nonfinite_steps", "0"], "max_nonfinite_steps=0 must be positive"),
+        (["--nonfinite_patience", "9"], "did you mean max_nonfinite_steps?"),
         (["--initialization", "random"], "initialization='random' is unknown; use one of"),
         (["--scan_backend", "fast"], "fast"),
         (["--kernel_size", "4"], "kernel_size=4 must be odd; use 5"),
