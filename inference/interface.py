@@ -8,10 +8,9 @@ from pathlib import Path
 
 from speechbrain.inference.interfaces import Pretrained
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from inference import Recognizer  # noqa: E402 - found in src
+from inference import Recognizer
 
 
 class Interface(Pretrained):
@@ -19,7 +18,7 @@ class Interface(Pretrained):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.recognizer = Recognizer.from_folder(FOLDER, device=str(self.device))
+        self.recognizer = Recognizer(self.hparams.parts, self.hparams.sample_rate, self.device)
 
     def transcribe_file(self, path):
         """The text of an audio file of any rate and number of channels."""

@@ -14,14 +14,9 @@ from inference.card import model_card
 from inference.recognizer import Recognizer
 from inference.resolved import Resolved, configuration
 from inference.snapshot import ROOT, copy_code
+from inference.speechbrain_parts import hyperparams
 from modules.checkpoints import best, list_checkpoints, newest, resumable
 from modules.errors import UserError
-
-# SpeechBrain's `foreign_class` reads this first; `interface.py` does the rest.
-HYPERPARAMS = """# For SpeechBrain's foreign_class; config.json describes the model.
-modules: {}
-pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
-"""
 
 
 def package(run, output, overwrite=False, use_lm=True):
@@ -97,7 +92,7 @@ def write(folder, run, resolved, config, found):
         copy(next((p for p in places if p.is_file()), places[0]), folder / "lm.ckpt")
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "hyperparams.yaml").write_text(HYPERPARAMS, encoding="utf-8")
+    (folder / "hyperparams.yaml").write_text(hyperparams(config), encoding="utf-8")
     copy_code(folder / "src")
     shutil.copyfile(Path(__file__).with_name("interface.py"), folder / "interface.py")
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")

@@ -7,9 +7,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def needed_files(start="inference/__init__.py", root=ROOT):
+START = ("inference/__init__.py", "inference/speechbrain_parts.py")
+
+
+def needed_files(start=START, root=ROOT):
     """Paths below `root` that importing `start` can read, `start` and packages' files included."""
-    found, left = set(), [root / start]
+    found, left = set(), [root / name for name in start]
     while left:
         path = left.pop()
         if path in found:

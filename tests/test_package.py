@@ -13,6 +13,7 @@ import pytest
 import soundfile as sf
 import torch
 from hyperpyyaml import resolve_references
+from speechbrain.inference.ASR import EncoderDecoderASR
 from speechbrain.lobes.models.transformer.TransformerLM import TransformerLM
 
 import package as script
@@ -138,8 +139,29 @@ texts["code"] = [inference.__file__, modules.__file__]
 print(json.dumps(texts))
 """
 
+HPARAMS = """
+import json, sys
+import torch
+from speechbrain.inference.ASR import EncoderASR, EncoderDecoderASR
+texts = {}
+for folder in sys.argv[2:]:
+    kind = EncoderDecoderASR if "s2s" in folder.rpartition("/")[2] else EncoderASR
+    model = kind.from_hparams(source=folder, run_opts={"device": "cpu"})
+    wavs = [model.load_audio(path) for path in json.loads(sys.argv[1])]
+    lengths = torch.tensor([len(x) for x in wavs])
+    wavs = torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True)
+    texts[folder], _ = model.transcribe_batch(wavs, lengths / wavs.shape[1])
+    alone = [model.transcribe_file(path) for path in json.loads(sys.argv[1])]
+    assert alone == texts[folder]
+print(json.dumps(texts))
+"""
 
-@pytest.mark.parametrize(("code", "path"), [(LOAD, runs.ROOT), (FOREIGN, "")])
+
+@pytest.mark.parametrize(
+    ("code", "path"),
+    [(LOAD, runs.ROOT), (FOREIGN, ""), (HPARAMS, runs.ROOT)],
+    ids=["Recognizer", "foreign_class", "from_hparams"],
+)
 def test_texts_are_the_test_stages_elsewhere(code, path, ctc, s2s, tmp_path):
     folders = {shutil.copytree(p, tmp_path / r.parent.name): r for r, p in (ctc, s2s)}
     for folder in folders:
@@ -191,11 +213,14 @@ def test_the_language_model_goes_along(s2s, tmp_path):
         pretrained_lm_tokenizer_path=source,
         **options,
     )
-    recognizer = Recognizer.from_folder(package(tmp_path / "run", tmp_path / "lm"), device="cpu")
+    folder = package(tmp_path / "run", tmp_path / "lm")
+    recognizer = Recognizer.from_folder(folder, device="cpu")
     paths, expected = recordings(run), hypotheses(tmp_path / "run")
     assert expected != hypotheses(run)
     found = recognizer.transcribe(list(paths.values()))
     assert dict(zip(paths, [t.text for t in found], strict=True)) == expected
+    foreign = EncoderDecoderASR.from_hparams(source=folder, run_opts={"device": "cpu"})
+    assert {name: foreign.transcribe_file(path) for name, path in paths.items()} == expected
     without = package(tmp_path / "run", tmp_path / "without", use_lm=False)
     found = Recognizer.from_folder(without, device="cpu").transcribe(list(paths.values()))
     assert dict(zip(paths, [t.text for t in found], strict=True)) == hypotheses(run)
@@ -277,9 +302,10 @@ def test_a_truncated_file(copied, name, size):
 
 def test_missing_files(copied, s2s, tmp_path):
     refused(tmp_path / "nowhere", "there is no folder")
-    for name in ("model.ckpt", "normalizer.ckpt", "config.json"):
-        (copied / name).unlink()
+    for name in ("normalizer.ckpt", "model.ckpt", "config.json"):
+        (copied / name).rename(copied / "away")
         refused(copied, f"{name} is missing")
+        (copied / "away").rename(copied / name)
     folder = shutil.copytree(s2s[1], tmp_path / "s2s")
     (folder / "tokenizer.ckpt").unlink()
     refused(folder, r"tokenizer.ckpt is missing")

@@ -1,0 +1,101 @@
+"""A package's files, read strictly: what is missing, unexpected or damaged is an error."""
+
+import json
+import os
+import pickle
+
+import torch
+from torch import nn
+
+from inference.parts import FORMAT, MODEL
+from modules.errors import UserError
+from modules.language_model import load_language_model
+from modules.tokenizer import SubwordTokenizer
+
+
+def load_parts(parts, config, folder):
+    """Fill the parts of a configuration from a package's folder."""
+    load_weights(model_of(parts), folder / "model.ckpt")
+    load_statistics(parts["normalize"], folder / "normalizer.ckpt")
+    if isinstance(parts["tokenizer"], SubwordTokenizer):
+        parts["tokenizer"].load(present(folder / "tokenizer.ckpt"))
+    if "language_model" in parts:
+        add_language_model(parts, config["lm_weight"], config["lm_temperature"], folder)
+
+
+def model_of(parts):
+    """The parts with weights, named as in model.ckpt."""
+    return nn.ModuleDict({name: parts[name] for name in MODEL if name in parts})
+
+
+def add_language_model(parts, weight, temperature, folder):
+    """Load lm.ckpt and let the search use it."""
+    present(folder / "lm.ckpt")
+    lm = load_language_model(parts["language_model"], folder)
+    parts["search"].use_language_model(lm, weight, temperature)
+
+
+def present(path):
+    """The path; UserError when there is no such file."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: the package is incomplete; package again")
+    return path
+
+
+def read_config(path):
+    """config.json as plain data; UserError when it is none, or of another format."""
+    try:
+        config = json.loads(present(path).read_text(encoding="utf-8"))
+        form = config["format"]
+        if form == FORMAT:
+            config["sample_rate"], config["parts"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged, or no package's configuration") from None
+    if form != FORMAT:
+        raise UserError(
+            f"{path} has format {form} and this code reads {FORMAT}; package again with this code"
+        )
+    return config
+
+
+def load_tensors(path):
+    """A dict of tensors and numbers; UserError when the file is damaged or holds anything else."""
+    present(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        size = os.path.getsize(path)
+        raise UserError(
+            f"{path} ({size} bytes) is damaged: {reason}; copy the package again"
+        ) from None
+
+
+def load_weights(model, path):
+    """Load strictly; UserError naming every missing, unexpected or misshapen weight."""
+    weights, wanted = load_tensors(path), model.state_dict()
+    problems = [f"missing weight {name!r}" for name in wanted if name not in weights]
+    problems += [f"unexpected weight {name!r}" for name in weights if name not in wanted]
+    problems += [
+        f"weight {name!r} has shape {tuple(weights[name].shape)}, config.json wants "
+        f"{tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in weights and weights[name].shape != wanted[name].shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:10])
+        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise UserError(f"{path} does not fit config.json:\n  {shown}{more}")
+    model.load_state_dict(weights, strict=True)
+
+
+def load_statistics(normalize, path):
+    """Read the feature statistics of a package or a checkpoint."""
+    stats = load_tensors(path)
+    names = ("count", "glob_mean", "glob_std")
+    if not isinstance(stats, dict) or set(stats) != set(names):
+        raise UserError(f"{path} does not hold {', '.join(names)} and nothing else")
+    if normalize.norm_type == "global" and not stats["glob_mean"].numel():
+        raise UserError(f"{path} holds no statistics yet; train for at least one step")
+    for name in names:
+        setattr(normalize, name, stats[name])
