@@ -154,6 +154,14 @@ def test_training_ends_as_without_that_batch(fault, number, tmp_path, monkeypatc
         assert wrong == without
 
 
+def test_a_wrong_first_batch_does_not_count_as_zero_in_the_mean_loss(tmp_path):
+    brain, *_ = runs.build(CTC, tmp_path)
+    mean = 0.0
+    for brain.step, loss in enumerate((math.nan, 4.0, 4.0), start=1):
+        mean = brain.update_average(torch.tensor(loss), mean)
+    assert mean == 4.0
+
+
 def test_audio_that_is_nan(data, tmp_path, caplog):
     """Through the whole script, with statistics of the features that it must not spoil."""
     spoil(data, [BAD])
