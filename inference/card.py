@@ -9,10 +9,12 @@ A speech recogniser trained with Mamba-ASR. Everything it needs is in this folde
 
 ## Use
 
+DIR stands for this folder.
+
 ```python
 from inference import Recognizer  # with the Mamba-ASR repository, or src/ here, on the path
 
-recognizer = Recognizer.from_folder("{folder}", device="auto")
+recognizer = Recognizer.from_folder("DIR", device="auto")
 print(recognizer.transcribe("speech.flac").text)
 ```
 
@@ -21,7 +23,7 @@ With SpeechBrain and without the repository:
 ```python
 from speechbrain.inference.interfaces import foreign_class
 
-model = foreign_class(source="{folder}", pymodule_file="interface.py", classname="Interface")
+model = foreign_class(source="DIR", pymodule_file="interface.py", classname="Interface")
 print(model.transcribe_file("speech.flac"))
 ```
 
@@ -55,7 +57,6 @@ def model_card(run, resolved, config, model, commit):
     """
     return CARD.format(
         title=title(run),
-        folder="DIR",
         model=rows(model_facts(config, model, commit)),
         data=rows(data_facts(resolved)),
         errors=error_table(run),
