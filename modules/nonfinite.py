@@ -100,7 +100,8 @@ class FiniteBrain(sb.Brain):
                 )
         self.batches.clear()
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip else 0
-        if self.skipped_in_a_row >= self.hparams.max_nonfinite_steps:
+        # Files of before the key was there have the shipped files' limit.
+        if self.skipped_in_a_row >= getattr(self.hparams, "max_nonfinite_steps", 10):
             raise UserError(self.why_stop(ids))
         if skip:
             self.zero_grad(set_to_none=True)
