@@ -4,18 +4,16 @@ import json
 import os
 import shutil
 import subprocess
-from functools import partial
 from pathlib import Path
 
 import torch
-from speechbrain.utils.checkpoints import average_checkpoints
 
 from inference.card import model_card
 from inference.recognizer import Recognizer
 from inference.resolved import Resolved, configuration
 from inference.snapshot import ROOT, copy_code
 from inference.speechbrain_parts import hyperparams
-from modules.checkpoints import best, list_checkpoints, newest, resumable
+from modules.checkpoints import average, best, list_checkpoints, newest, resumable
 from modules.errors import UserError
 
 
@@ -81,7 +79,7 @@ def checkpoints(run, resolved):
 
 def write(folder, run, resolved, config, found):
     """Fill a folder: weights, statistics, tokenizer, configuration, code."""
-    torch.save(average(resolved, config, found), folder / "model.ckpt")
+    torch.save(weights_of(resolved, config, found), folder / "model.ckpt")
     shutil.copyfile(newest(found).paramfiles["normalizer"], folder / "normalizer.ckpt")
     save = newest(found).path.parent
     if "Subword" in config["parts"]["tokenizer"]["new"]:
@@ -104,13 +102,12 @@ def copy(source, target):
     shutil.copyfile(source, target)
 
 
-def average(resolved, config, found):
+def weights_of(resolved, config, found):
     """The weights that the test stage evaluates: {"encoder....": tensor}."""
     metric, higher = ("ACC", True) if "decoder" in config["parts"] else ("WER", False)
     chosen = best(found, metric, higher, resolved.value("avg_checkpoints"))
-    read = partial(torch.load, map_location="cpu", weights_only=True)
     order, weights = resolved.model_order(), {}
-    for key, weight in average_checkpoints(chosen, "model", parameter_loader=read).items():
+    for key, weight in average(chosen).items():
         index, _, name = key.partition(".")
         if not index.isdigit() or int(index) >= len(order):
             raise UserError(f"weight {key!r} of {chosen[0].path} belongs to no part of `model`")

@@ -4,16 +4,15 @@ import logging
 import math
 import os
 import time
-from functools import partial
 from pathlib import Path
 
 import speechbrain as sb
 import torch
-from speechbrain.utils.checkpoints import average_checkpoints, ckpt_recency
+from speechbrain.utils.checkpoints import ckpt_recency
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.metric_stats import ErrorRateStats
 
-from modules.checkpoints import best, newest, resumable
+from modules.checkpoints import average, best, newest, resumable
 from modules.data import WholeStepSampler
 from modules.errors import UserError
 from modules.lengths import absolute, relative
@@ -247,10 +246,7 @@ class ASRBrain(FiniteBrain):
         chosen = best(
             found, self.checkpoint_metric, self.higher_is_better, self.hparams.avg_checkpoints
         )
-        # Weights saved on a device that is not here are read all the same.
-        read = partial(torch.load, map_location="cpu", weights_only=True)
-        weights = average_checkpoints(chosen, "model", parameter_loader=read)
-        self.hparams.model.load_state_dict(weights, strict=True)
+        self.hparams.model.load_state_dict(average(chosen), strict=True)
         logger.info("Evaluating the average of %d checkpoints", len(chosen))
 
     def test(self, datasets, loader_options):

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
+import torch
 from speechbrain.utils import checkpoints
 from speechbrain.utils.checkpoints import CKPT_PREFIX, METAFNAME
 from speechbrain.utils.distributed import if_main_process
@@ -47,6 +49,12 @@ def best(found, metric, higher_is_better, number):
     ranked = [c for c in found if metric in c.meta]
     ranked.sort(key=lambda c: (sign * c.meta[metric], checkpoints.ckpt_recency(c)), reverse=True)
     return ranked[:number] or [newest(found)]
+
+
+def average(found):
+    """The mean of checkpoints' model weights: {name: tensor}, on the CPU wherever they were saved."""
+    read = partial(torch.load, map_location="cpu", weights_only=True)
+    return checkpoints.average_checkpoints(found, "model", parameter_loader=read)
 
 
 def resumable(place):
