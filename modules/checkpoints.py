@@ -52,7 +52,7 @@ def best(found, metric, higher_is_better, number):
 
 
 def average(found):
-    """The mean of checkpoints' model weights: {name: tensor}, on the CPU wherever they were saved."""
+    """The mean of checkpoints' weights of the model, {name: tensor}, on the CPU in any case."""
     read = partial(torch.load, map_location="cpu", weights_only=True)
     return checkpoints.average_checkpoints(found, "model", parameter_loader=read)
 
