@@ -1,44 +1,90 @@
-"""Audio of any rate and channel count -> mono float32 at the model's rate."""
+"""Recordings of any rate and channel count -> mono float32 at the model's rate, block by block."""
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 import torch
 from torchaudio.functional import resample
 
+from inference.decode import open_file
 from modules.errors import UserError
 
+BLOCK = 10  # s that are resampled at a time
 
-def load_audio(audio, sample_rate, target_rate):
-    """A path, or a 1-D array or tensor of `sample_rate` Hz -> samples (N,) float32 on the CPU.
+
+@dataclass(frozen=True)
+class Recording:
+    """Audio that is not read yet.
+
+    name : for messages
+    rate : Hz
+    seconds : its length as far as it is known beforehand, or None
+    blocks : a function of nothing; yields the samples, each time from the start, (N,) float32
+    """
+
+    name: str
+    rate: int
+    seconds: float | None
+    blocks: Callable[[], Iterator[torch.Tensor]]
+
+
+def open_audio(audio, sample_rate=None):
+    """A path, or a 1-D array or tensor of `sample_rate` Hz -> Recording.
 
     Channels of a file are averaged. Integers are scaled by their type's range.
-    UserError for what cannot be read, is empty or not finite.
+    UserError for what cannot be used; what is found only when reading is raised by `read`.
     """
     if isinstance(audio, str | Path):
-        x, sample_rate, name = *read_file(audio), str(audio)
-    else:
-        x, name = from_array(audio, sample_rate), "the array"
-    if not len(x):
-        raise UserError(f"{name} holds no samples; give audio that is not empty")
-    if not torch.isfinite(x).all():
-        raise UserError(f"{name} holds samples that are not finite; give finite ones")
-    return x if sample_rate == target_rate else resample(x, sample_rate, target_rate)
+        return Recording(str(audio), *open_file(audio))
+    x = from_array(audio, sample_rate)
+    blocks = x.split(BLOCK * int(sample_rate)) if len(x) else ()
+    return Recording("the array", int(sample_rate), len(x) / sample_rate, lambda: iter(blocks))
 
 
-def read_file(path):
-    """An audio file -> samples (N,) float32 and its rate, Hz."""
-    try:
-        samples, rate = sf.read(str(path), dtype="float32", always_2d=True)
-    except (sf.LibsndfileError, OSError) as error:
-        if not Path(path).is_file():
-            raise UserError(f"there is no file {path}") from None
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} is no audio that soundfile reads ({reason}); give wav, flac, ogg or mp3"
-        ) from None
-    return torch.from_numpy(samples).mean(dim=1), rate
+def read(recording, target_rate):
+    """Yield a recording's samples at `target_rate` Hz, in blocks (N,) float32.
+
+    UserError when it is damaged, empty or not finite.
+    """
+    if not 100 <= recording.rate <= 10_000_000:
+        raise UserError(f"{recording.name} has {recording.rate} samples a second; give sound")
+    empty = True
+    for block in resampled(recording.blocks(), recording.rate, target_rate):
+        if not torch.isfinite(block).all():
+            raise UserError(f"{recording.name} holds samples that are not finite; give finite ones")
+        empty = empty and not len(block)
+        yield block
+    if empty:
+        raise UserError(f"{recording.name} holds no samples; give audio that is not empty")
+
+
+def resampled(blocks, rate, target_rate):
+    """Blocks (N,) at `rate` -> the same sound at `target_rate`, as if it were one block.
+
+    Each block is resampled with what stands before and after it, as far as the filter reaches. The
+    ratio is one of numbers up to 1000: exact for all usual rates, else wrong by a millionth.
+    """
+    ratio = Fraction(target_rate, rate).limit_denominator(1000)
+    if ratio == 1:
+        yield from blocks
+        return
+    new, old = ratio.numerator, ratio.denominator
+    context = -(-10 * max(1.0, old / new) // old) * old  # torchaudio's filter reaches 6 / 0.99
+    context, size = int(context), old * -(-BLOCK * rate // old)
+    before, buffer = torch.zeros(0), torch.zeros(0)
+    for block in blocks:
+        buffer = torch.cat([buffer, block])
+        while len(buffer) >= size + context:
+            x = resample(torch.cat([before, buffer[: size + context]]), old, new)
+            skip = len(before) // old * new
+            yield x[skip : skip + size // old * new]
+            before, buffer = buffer[size - context : size], buffer[size:]
+    if len(buffer):
+        x = resample(torch.cat([before, buffer]), old, new)
+        yield x[len(before) // old * new :]
 
 
 def from_array(audio, sample_rate):

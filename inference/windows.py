@@ -1,0 +1,111 @@
+"""Long audio -> windows that a model hears one by one, and the windows' words -> one sequence.
+
+A window ends in a silence where there is one. Where there is none it overlaps with the next, and
+both hear the words at the seam.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+STEP = 0.01  # s, of the loudness
+SILENCE = 0.2  # s that are silent around a cut
+DROP = 20.0  # dB that silence lies under speech
+LOWEST = 1e-4  # of full scale: what is quieter is silent, however soft the speech
+OVERLAP = 5.0  # s where there is no silence, at most a quarter of the window
+SAME = 0.5  # s by which two windows' times of one word may differ
+
+
+@dataclass(frozen=True)
+class Window:
+    """Samples x (N,) from sample `start` of a recording; the first `overlap` of them are shared."""
+
+    start: int
+    x: torch.Tensor
+    overlap: int
+
+
+def windows(blocks, size, rate):
+    """Blocks (N,) at `rate` Hz -> Windows of at most `size` samples, as they come.
+
+    size None: one window.
+    """
+    held, count, start, overlap = [], 0, 0, 0
+    for block in blocks:
+        held.append(block)
+        count += len(block)
+        while size is not None and count > size:
+            x = torch.cat(held)
+            end, shared = cut(x[:size], rate)
+            yield Window(start, x[:end].clone(), overlap)
+            held, start, overlap = [x[end - shared :]], start + end - shared, shared
+            count = len(held[0])
+    yield Window(start, torch.cat(held), overlap)
+
+
+def cut(x, rate):
+    """Where a window ends, and how much of it the next one hears again, in samples.
+
+    x (N,): all that the window may hold. In its last third the quietest place is looked for.
+    """
+    step = int(STEP * rate)
+    frames = x[: len(x) // step * step].view(-1, step)
+    loudness = frames.square().mean(dim=1).sqrt()
+    if len(loudness) >= 3 * int(SILENCE / STEP):
+        limit = max(loudness.quantile(0.9).item() * 10 ** (-DROP / 20), LOWEST)
+        width = int(SILENCE / STEP)
+        # The loudest of every `width` frames: a place is as quiet as all around it.
+        around = F.max_pool1d(loudness[None, None], width, stride=1)[0, 0]
+        first = len(around) * 2 // 3
+        place = first + around[first:].argmin().item()
+        if around[place] <= limit:
+            return (place + width // 2) * step, 0
+    return len(x), min(int(OVERLAP * rate), len(x) // 4)
+
+
+def join(before, after, start, end):
+    """Words of two windows that share the time from `start` to `end` -> one sequence.
+
+    Windows that share nothing follow each other.
+    The seam is a word that both heard, the one next to the middle. Where there is none, words of
+    the first half are the earlier window's, and the later one's begin where those end.
+    """
+    if start >= end:
+        return [*before, *after]
+    middle = (start + end) / 2
+    pairs = [
+        (i, j)
+        for i, a in enumerate(before)
+        if centre(a) > start - SAME
+        for j, b in enumerate(after)
+        if centre(b) < end + SAME and a.text == b.text and abs(centre(a) - centre(b)) < SAME
+    ]
+    if pairs:
+        i, j = min(pairs, key=lambda p: (off(before, after, *p, middle), p))
+        return [*before[: i + 1], *(later(w, before[i].end) for w in after[j + 1 :])]
+    kept = [w for w in before if centre(w) < middle]
+    seam = max(kept[-1].end if kept else 0.0, start)
+    return [*kept, *(later(w, seam) for w in after if centre(w) >= seam)]
+
+
+def off(before, after, i, j, middle):
+    """How far a pair is from the middle; two times of one word that differ count as well."""
+    a, b = centre(before[i]), centre(after[j])
+    return abs((a + b) / 2 - middle) + 4 * abs(a - b)
+
+
+def centre(word):
+    return (word.start + word.end) / 2
+
+
+def later(word, time):
+    """A word that begins no earlier than a time."""
+    if word.start >= time:
+        return word
+    return replace(word, start=time, end=max(word.end, time))
+
+
+def moved(words, seconds):
+    """Words heard in a window -> words of the recording."""
+    return [replace(w, start=w.start + seconds, end=w.end + seconds) for w in words]
