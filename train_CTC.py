@@ -20,19 +20,19 @@ class ASR(ASRBrain):
     """Encoder and a linear head; greedy in validation, beam search in test."""
 
     def compute_forward(self, batch, stage):
-        """Log-probabilities (B, T, V) and lengths (B,) in frames."""
+        """Logits (B, T, V) and lengths (B,) in frames."""
         x, lengths = self.encode(batch, stage)
-        return self.modules.ctc_head(x).log_softmax(dim=-1), lengths
+        return self.modules.ctc_head(x), lengths
 
     def compute_objectives(self, predictions, batch, stage):
         """The CTC loss; outside training also the error rates."""
-        log_probs, lengths = predictions
-        loss = self.ctc_loss(log_probs, lengths, batch, stage)
+        logits, lengths = predictions
+        loss = self.ctc_loss(logits, lengths, batch, stage)
         if stage == sb.Stage.VALID:
-            hypotheses = ctc_greedy(log_probs, lengths)
+            hypotheses = ctc_greedy(logits.log_softmax(dim=-1), lengths)
             self.score(batch, [self.tokenizer.decode(ids) for ids in hypotheses])
         elif stage == sb.Stage.TEST:
-            self.score(batch, self.test_search(log_probs, lengths))
+            self.score(batch, self.test_search(logits.log_softmax(dim=-1), lengths))
         return loss
 
     def check_start(self):

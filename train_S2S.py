@@ -23,18 +23,18 @@ class ASR(ASRBrain):
     higher_is_better = True
 
     def compute_forward(self, batch, stage):
-        """CTC log-probabilities (B, T, V), token log-probabilities (B, U, V), memory, lengths."""
+        """CTC logits (B, T, V), token log-probabilities (B, U, V), memory, lengths."""
         memory, lengths = self.encode(batch, stage)
         tokens, token_lengths = self.tokens(batch, "tokens_bos")
         x, _ = self.modules.decoder(tokens, token_lengths, memory, lengths)
-        ctc = self.modules.ctc_head(memory).log_softmax(dim=-1)
-        return ctc, self.modules.seq_head(x).log_softmax(dim=-1), memory, lengths
+        log_probs = self.modules.seq_head(x).log_softmax(dim=-1)
+        return self.modules.ctc_head(memory), log_probs, memory, lengths
 
     def compute_objectives(self, predictions, batch, stage):
         """The weighted sum of both losses; outside training also accuracy and error rates."""
-        ctc, log_probs, memory, lengths = predictions
+        ctc_logits, log_probs, memory, lengths = predictions
         targets, target_lengths = self.tokens(batch, "tokens_eos")
-        loss_ctc = self.ctc_loss(ctc, lengths, batch, stage)
+        loss_ctc = self.ctc_loss(ctc_logits, lengths, batch, stage)
         loss_seq = self.hparams.seq_cost(log_probs, targets, target_lengths)
         if stage != sb.Stage.TRAIN:
             self.accuracy.append(log_probs, targets, relative(target_lengths, targets.shape[1]))

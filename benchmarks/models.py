@@ -45,8 +45,8 @@ class SpeechBrainASR(ASR):
         x, lengths = self.encode(batch, stage)
         tokens, _ = self.tokens(batch, "tokens_bos")
         memory, y = self.modules.transformer(x, tokens, relative(lengths, x.shape[1]))
-        ctc = self.modules.ctc_head(memory).log_softmax(dim=-1)
-        return ctc, self.modules.seq_head(y).log_softmax(dim=-1), memory, lengths
+        log_probs = self.modules.seq_head(y).log_softmax(dim=-1)
+        return self.modules.ctc_head(memory), log_probs, memory, lengths
 
 
 def make_transformer(hparams, attention_type):

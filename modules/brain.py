@@ -70,13 +70,13 @@ class ASRBrain(FiniteBrain):
         ids, relative_lengths = batch[name]
         return ids, absolute(relative_lengths, ids.shape[1])
 
-    def ctc_loss(self, log_probs, lengths, batch, stage):
-        """The CTC loss of log-probabilities (B, T, V); training notes who has too few frames."""
+    def ctc_loss(self, logits, lengths, batch, stage):
+        """The CTC loss of logits (B, T, V); training notes who has too few frames."""
         tokens, token_lengths = self.tokens(batch, "tokens")
         if stage == sb.Stage.TRAIN:
             short = too_few_frames(tokens, lengths, token_lengths)
             self.unalignable.append((short, batch.id))
-        return self.hparams.ctc_cost(log_probs, tokens, lengths, token_lengths)
+        return self.hparams.ctc_cost(logits, tokens, lengths, token_lengths)
 
     # ---- Error rates ----
 

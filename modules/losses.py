@@ -1,33 +1,95 @@
-"""CTC and sequence losses: SpeechBrain's, fed with counts and kept off the ops that MPS lacks."""
+"""CTC on the columns that it needs, and SpeechBrain's sequence loss; both take counts."""
 
 import torch
 from speechbrain.nnet import losses
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812
 
-from modules.lengths import relative, valid_frames
+from modules.lengths import valid_frames
 
 
-def ctc_loss(log_probs, tokens, lengths, token_lengths, blank_index=0):
+def ctc_loss(logits, tokens, lengths, token_lengths, blank_index=0):
     """CTC (Graves et al. 2006), summed over each utterance and averaged over the batch.
 
-    log_probs (B, T, V), tokens (B, U), lengths (B,) frames, token_lengths (B,) -> scalar.
-    An utterance of `too_few_frames` counts zero. PyTorch has no CTC kernel for MPS, so
-    there the loss, a few thousand numbers, is taken on the CPU.
+    logits (B, T, V), tokens (B, U), lengths (B,) frames, token_lengths (B,) -> scalar. An
+    utterance of `too_few_frames` counts zero. PyTorch has no CTC kernel for MPS, so there the
+    loss is taken on the CPU.
     """
-    device = log_probs.device
+    device = logits.device
     if device.type == "mps":
-        log_probs, tokens = log_probs.cpu(), tokens.cpu()
+        logits, tokens = logits.cpu(), tokens.cpu()
         lengths, token_lengths = lengths.cpu(), token_lengths.cpu()
-    if log_probs.dtype in (torch.float16, torch.bfloat16):
-        log_probs = log_probs.float()
-    loss = losses.ctc_loss(
-        log_probs,
-        tokens,
-        relative(lengths, log_probs.shape[1]),
-        relative(token_lengths, tokens.shape[1]),
-        blank_index,
-        reduction="batchmean",
-    )
-    return loss.to(device)
+    labels, columns, first, blank = ctc_columns(tokens, token_lengths, logits.shape[2], blank_index)
+    loss = ColumnCTC.apply(logits, labels, lengths, token_lengths, columns, first, blank)
+    return (loss / tokens.shape[0]).to(device)
+
+
+def ctc_columns(tokens, token_lengths, vocabulary, blank_index):
+    """Choose the C columns of the logits that CTC looks at: blank and each utterance's tokens.
+
+    tokens (B, U) -> labels (B, U), tokens by column; columns (B, C), their token ids; first
+    (B, C), where each id stands first, for the label of equal tokens must be one; blank's label.
+    """
+    B, U = tokens.shape
+    tokens = tokens.long().masked_fill(~valid_frames(token_lengths, U), blank_index)
+    if vocabulary <= U + 1:
+        columns = torch.arange(vocabulary, device=tokens.device).expand(B, vocabulary)
+        return tokens, columns, columns, blank_index
+    columns = F.pad(tokens, (1, 0), value=blank_index)
+    equal = columns.unsqueeze(2) == columns.unsqueeze(1)
+    first = equal.byte().argmax(dim=2)
+    return first[:, 1:], columns, first, 0
+
+
+class ColumnCTC(torch.autograd.Function):
+    """PyTorch's CTC, summed over the batch, on the columns that it looks at.
+
+    Elsewhere its gradient with respect to the logits is the softmax, which is written in their
+    precision as it is computed: nothing of size (B, T, V) is kept in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels, lengths, token_lengths, columns, first, blank):
+        index = columns.unsqueeze(1).expand(-1, logits.shape[1], -1)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        n = utterances_at_once(logits)
+        scores = [
+            x.log_softmax(dim=2, dtype=dtype).gather(2, i)
+            for x, i in zip(logits.split(n), index.split(n), strict=True)
+        ]
+        valid = valid_frames(lengths, logits.shape[1]).unsqueeze(2)
+        scores = torch.cat(scores).masked_fill_(~valid, 0.0)
+        with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+            scores.requires_grad_(ctx.needs_input_grad[0])
+            loss = F.ctc_loss(
+                scores.transpose(0, 1), labels, lengths, token_lengths, blank, reduction="none"
+            )
+        impossible = loss.isposinf()
+        if ctx.needs_input_grad[0]:
+            # PyTorch's is with respect to the logits already: softmax less posterior. It needs
+            # no correction for the columns left out.
+            (grad,) = torch.autograd.grad(loss, scores, torch.ones_like(loss))
+            grad = grad.gather(2, first.unsqueeze(1).expand_as(index))
+            ctx.save_for_backward(logits, index, grad, valid & ~impossible.view(-1, 1, 1))
+        return loss.detach().masked_fill(impossible, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        logits, index, column_grad, counts = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        n = utterances_at_once(logits)
+        for x, out in zip(logits.split(n), grad.split(n), strict=True):
+            torch.mul(x.softmax(dim=2, dtype=column_grad.dtype), grad_loss, out=out)
+        grad.scatter_(2, index, (column_grad * grad_loss).to(grad.dtype))
+        # Not multiplied by zero, which NaN would survive.
+        return grad.masked_fill_(~counts, 0.0), *[None] * 6
+
+
+def utterances_at_once(logits):
+    """How many utterances of (B, T, V) take about 32 MB in float32."""
+    _, T, V = logits.shape
+    return max(1, 2**23 // max(1, T * V))
 
 
 def too_few_frames(tokens, lengths, token_lengths):

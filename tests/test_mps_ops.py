@@ -206,14 +206,14 @@ def test_losses_and_optimizer(trace):
     tokens, token_lengths = torch.randint(3, 11, (3, 6)), torch.tensor([6, 2, 4])
     x, lengths = x_and_lengths(8)
     with trace:
-        log_probs = heads["ctc"](x).log_softmax(-1)
+        logits = heads["ctc"](x)
         sequence = heads["seq"](x[:, :6]).log_softmax(-1)
         loss = sum(sequence_loss(sequence, tokens, token_lengths, s) for s in (0.0, 0.1))
     # `ctc_loss` goes to the CPU when it finds itself on MPS: it is no part of the path.
-    on_cpu = log_probs.detach().requires_grad_()
+    on_cpu = logits.detach().requires_grad_()
     ctc_loss(on_cpu, tokens, lengths, token_lengths).backward()
     with trace:
-        torch.autograd.backward([log_probs, loss], [on_cpu.grad.to(x.device), None])
+        torch.autograd.backward([logits, loss], [on_cpu.grad.to(x.device), None])
         optimizer.step()
         optimizer.zero_grad()
     assert {"aten::_log_softmax_backward_data", "aten::addcdiv_"} <= trace.seen

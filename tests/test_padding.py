@@ -254,7 +254,7 @@ def test_the_recipes_losses_add_up(smoothing):
         ctc_scores, lengths = pad(leaves[: len(members)], extra=3, filler=5.0)
         seq_scores, token_lengths = pad(leaves[len(members) :], extra=2, filler=5.0)
         targets, _ = pad([words[i] for i in members], extra=2, filler=0)
-        ctc = ctc_loss(ctc_scores.log_softmax(-1), targets, lengths, token_lengths)
+        ctc = ctc_loss(ctc_scores, targets, lengths, token_lengths)
         kl = sequence_loss(seq_scores.log_softmax(-1), targets, token_lengths, smoothing)
         (len(members) * (ctc + kl)).backward()
         return torch.stack([ctc, kl]).detach(), [leaf.grad for leaf in leaves]
