@@ -26,7 +26,18 @@ def supports(call: Call) -> str:
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU: for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _INTERPRETING
+
+
+def traced(x: torch.Tensor) -> bool:
+    """Whether torch.compile is making a graph of the call, which then is one by kernels.
+
+    The choice of a backend, with its environment variables and its log, is nothing to trace.
+    """
+    return torch.compiler.is_compiling() and (x.is_cuda or _INTERPRETING)
+
+
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import torch
 
+from modules.ops import kernels
 from modules.ops.backends import Backends, Call
 from modules.ops.causal_conv1d import cuda, naive, pytorch, triton
 
@@ -58,7 +59,8 @@ def causal_conv1d(
         initial_state=initial_state is not None,
         return_state=return_state,
     )
-    run = _backends.pick(backend, call).causal_conv1d
+    module = triton if kernels.traced(x) else _backends.pick(backend, call)
+    run = module.causal_conv1d
     if x.shape[1] == 0:
         shape = (x.shape[0], weight.shape[0], weight.shape[1] - 1)
         state = x.new_zeros(shape) if initial_state is None else initial_state.to(x.dtype)
@@ -91,7 +93,7 @@ def bidirectional_conv1d(
     _check(x, weights[0], biases[0], activation, lengths, None)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, biases))
     call = Call(x.device.type, x.dtype, weights.shape[2], needs_grad, False, False)
-    run = _backends.pick(backend, call)
+    run = triton if kernels.traced(x) else _backends.pick(backend, call)
     if run is triton and x.shape[1] > 0:
         return triton.bidirectional_conv1d(x, weights, biases, lengths, activation)
     options = {"activation": activation, "lengths": lengths, "backend": backend}

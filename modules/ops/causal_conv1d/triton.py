@@ -9,11 +9,11 @@ TRITON_INTERPRET=1 (set before triton is imported) runs the kernels on a CPU, fo
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from modules.ops import kernels
 from modules.ops.backends import OK, Call
 from modules.ops.kernels import availability, dense_rows, interpreting  # noqa: F401
+from modules.ops.operator import Operator
 
 CHANNELS = 128  # a program's, two a thread: a warp reads 128 bytes of bf16 at once
 CHUNK = 4  # frames loaded ahead
@@ -38,65 +38,84 @@ def supports(call: Call) -> str:
 def causal_conv1d(x, weight, bias, activation, lengths, reverse, initial_state, return_state):
     """As `naive.causal_conv1d`, without a state -> result, None; no double backward."""
     bias = None if bias is None else bias[None]
-    y = _TritonConv.apply(x, weight[None], bias, lengths, activation, not reverse, reverse)
+    silu = activation == "silu"
+    (y,) = _operator(x, weight[None], bias, lengths, silu, not reverse, reverse)
     return y.squeeze(0), None  # y[0] would copy the gradient
 
 
 def bidirectional_conv1d(x, weights, biases, lengths, activation):
     """As `modules.ops.causal_conv1d.bidirectional_conv1d`."""
-    return _TritonConv.apply(x, weights, biases, lengths, activation, True, True)
+    return _operator(x, weights, biases, lengths, activation == "silu", True, True)[0]
 
 
-class _TritonConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weights, biases, lengths, activation, forward, reverse):
-        from modules.ops.causal_conv1d.triton_kernels import forward_kernel
+def _forward(x, weights, biases, lengths, silu, forward, reverse):
+    """x (B, T, D), weights (directions, D, K), biases (directions, D) -> (directions, B, T, D)"""
+    from modules.ops.causal_conv1d.triton_kernels import forward_kernel
 
-        x = dense_rows(x)
-        weights, biases, lengths = (
-            None if t is None else t.contiguous() for t in (weights, biases, lengths)
-        )
-        batch, frames, channels = x.shape
-        width = weights.shape[2]
-        ctx.options = {"FORWARD": forward, "REVERSE": reverse, "SILU": activation == "silu"}
-        y = torch.empty(len(weights), *x.shape, dtype=x.dtype, device=x.device)
-        tiles, tile = _tiles(frames + width - 1, FRAMES)
-        _launch(
-            forward_kernel,
-            (x, weights, biases, lengths, y),
-            (frames, channels, tile, *x.stride()[:2]),
-            (tiles, batch),
-            **ctx.options,
-            WIDTH=width,
-        )
-        ctx.save_for_backward(x, weights, biases, lengths)
-        return y
+    (y,) = _shapes(x, weights)
+    x = dense_rows(x)
+    weights, biases, lengths = (
+        None if t is None else t.contiguous() for t in (weights, biases, lengths)
+    )
+    frames, channels, width = *x.shape[1:], weights.shape[2]
+    tiles, tile = _tiles(frames + width - 1, FRAMES)
+    _launch(
+        forward_kernel,
+        (x, weights, biases, lengths, y),
+        (frames, channels, tile, *x.stride()[:2]),
+        (tiles, x.shape[0]),
+        **{"FORWARD": forward, "REVERSE": reverse, "SILU": silu, "WIDTH": width},
+    )
+    return (y,)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        from modules.ops.causal_conv1d.triton_kernels import backward_kernel
 
-        x, weights, biases, lengths = ctx.saved_tensors
-        batch, frames, channels = x.shape
-        directions, _, width = weights.shape
-        dy = dense_rows(dy)
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        tiles, tile = _tiles(frames, BACKWARD_FRAMES)
-        shape = (batch * tiles, directions, width + 1, channels)
-        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
-        _launch(
-            backward_kernel,
-            (x, weights, biases, lengths, dy, dx, partial),
-            (frames, channels, tile, *x.stride()[:2], *dy.stride()[:3]),
-            (tiles, batch),
-            **ctx.options,
-            WIDTH=width,
-        )
-        total = partial.sum(0)
-        dweights = total[:, :width].transpose(1, 2).to(weights.dtype)
-        dbiases = None if biases is None else total[:, width].to(biases.dtype)
-        return dx, dweights, dbiases, None, None, None, None
+def _shapes(x, weights, *_):
+    """As `_forward`, of empty tensors."""
+    return (torch.empty(len(weights), *x.shape, dtype=x.dtype, device=x.device),)
+
+
+def _backward(gradients, args, kept):
+    """As an `Operator` wants it."""
+    from modules.ops.causal_conv1d.triton_kernels import backward_kernel
+
+    x, weights, biases, lengths, silu, forward, reverse = args
+    x, dy = dense_rows(x), dense_rows(gradients[0])
+    taps, offsets, lengths = (
+        None if t is None else t.contiguous() for t in (weights, biases, lengths)
+    )
+    batch, frames, channels = x.shape
+    directions, _, width = weights.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tiles, tile = _tiles(frames, BACKWARD_FRAMES)
+    shape = (batch * tiles, directions, width + 1, channels)
+    partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    _launch(
+        backward_kernel,
+        (x, taps, offsets, lengths, dy, dx, partial),
+        (frames, channels, tile, *x.stride()[:2], *dy.stride()[:3]),
+        (tiles, batch),
+        **{"FORWARD": forward, "REVERSE": reverse, "SILU": silu, "WIDTH": width},
+    )
+    total = partial.sum(0)
+    # No two gradients may share memory.
+    dweights = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    dweights.copy_(total[:, :width].transpose(1, 2))
+    if biases is None:
+        return [dx, dweights]
+    dbiases = torch.empty_like(biases, memory_format=torch.contiguous_format)
+    return [dx, dweights, dbiases.copy_(total[:, width])]
+
+
+_operator = Operator(
+    "causal_conv1d",
+    "Tensor x, Tensor weights, Tensor? biases, Tensor? lengths, bool silu, bool forward, "
+    "bool reverse",
+    outputs=1,
+    results=1,
+    forward=_forward,
+    backward=_backward,
+    shapes=_shapes,
+)
 
 
 def _tiles(steps, longest):

@@ -2,6 +2,7 @@
 
 import torch
 
+from modules.ops import kernels
 from modules.ops.backends import Backends, Call
 from modules.ops.depthwise_conv1d import pytorch, triton
 
@@ -41,7 +42,8 @@ def depthwise_conv1d(
     tensors = (x, weight) if bias is None else (x, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     call = Call(device, x.dtype, weight.shape[1], needs_grad, False, False)
-    return _backends.pick(backend, call).depthwise_conv1d(x, weight, bias, lengths)
+    module = triton if kernels.traced(x) else _backends.pick(backend, call)
+    return module.depthwise_conv1d(x, weight, bias, lengths)
 
 
 def _check(x, weight, bias, lengths):

@@ -9,11 +9,11 @@ TRITON_INTERPRET=1 (set before triton is imported) runs the kernels on a CPU, fo
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from modules.ops import kernels
 from modules.ops.backends import OK, Call
 from modules.ops.kernels import availability, dense_rows, interpreting  # noqa: F401
+from modules.ops.operator import Operator
 
 WIDEST = 63
 CHANNELS = 64  # a program's, one a thread: K taps, K inputs and K sums of each fill its registers
@@ -39,44 +39,64 @@ def supports(call: Call) -> str:
 
 def depthwise_conv1d(x, weight, bias, lengths):
     """As `modules.ops.depthwise_conv1d.depthwise_conv1d`; no double backward."""
-    return _Depthwise.apply(x, weight, bias, lengths)
+    return _operator(x, weight, bias, lengths)[0]
 
 
-class _Depthwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, lengths):
-        from modules.ops.depthwise_conv1d.triton_kernels import forward_kernel
+def _forward(x, weight, bias, lengths):
+    from modules.ops.depthwise_conv1d.triton_kernels import forward_kernel
 
-        x, lengths = dense_rows(x), lengths.contiguous()
-        # Rounded and, so that neighbouring threads read neighbours, turned to (K, D) in one copy.
-        taps = torch.empty(weight.shape[::-1], dtype=x.dtype, device=x.device).copy_(weight.t())
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        bias = None if bias is None else bias.to(x.dtype).contiguous()
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        plan = _tiles(x.shape[1], len(taps), FRAMES, CHUNK)
-        _launch(forward_kernel, (x, taps, bias, lengths, y), x.stride()[:2], plan)
-        ctx.save_for_backward(x, taps, lengths)
-        return y
+    (y,) = _shapes(x)
+    x, taps = dense_rows(x), _taps(x, weight)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    plan = _tiles(x.shape[1], len(taps), FRAMES, CHUNK)
+    _launch(forward_kernel, (x, taps, bias, lengths.contiguous(), y), x.stride()[:2], plan)
+    return (y,)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        from modules.ops.depthwise_conv1d.triton_kernels import backward_kernel
 
-        x, taps, lengths = ctx.saved_tensors
-        dy = dense_rows(dy)
-        batch, frames, channels = x.shape
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        plan = _tiles(frames, len(taps), BACKWARD_FRAMES, BACKWARD_CHUNK)
-        shape = (batch * plan[0], len(taps) + 1, channels)
-        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
-        strides = (*x.stride()[:2], *dy.stride()[:2])
-        _launch(backward_kernel, (x, taps, lengths, dy, dx, partial), strides, plan)
-        total = partial.sum(0)
-        weight_dtype, bias_dtype = ctx.dtypes
-        dweight = total[:-1].t().to(weight_dtype)
-        dbias = None if bias_dtype is None else total[-1].to(bias_dtype)
-        return dx, dweight, dbias, None
+def _shapes(x, *_):
+    """As `_forward`, of empty tensors."""
+    return (torch.empty(x.shape, dtype=x.dtype, device=x.device),)
+
+
+def _backward(gradients, args, kept):
+    """As an `Operator` wants it."""
+    from modules.ops.depthwise_conv1d.triton_kernels import backward_kernel
+
+    x, weight, bias, lengths = args
+    x, dy, taps = dense_rows(x), dense_rows(gradients[0]), _taps(x, weight)
+    (dx,) = _shapes(x)
+    batch, frames, channels = x.shape
+    plan = _tiles(frames, len(taps), BACKWARD_FRAMES, BACKWARD_CHUNK)
+    shape = (batch * plan[0], len(taps) + 1, channels)
+    partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    strides = (*x.stride()[:2], *dy.stride()[:2])
+    _launch(backward_kernel, (x, taps, lengths.contiguous(), dy, dx, partial), strides, plan)
+    total = partial.sum(0)
+    # No two gradients may share memory.
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device).copy_(total[:-1].t())
+    if bias is None:
+        return [dx, dweight]
+    return [
+        dx,
+        dweight,
+        torch.empty(bias.shape, dtype=bias.dtype, device=x.device).copy_(total[-1]),
+    ]
+
+
+_operator = Operator(
+    "depthwise_conv1d",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor lengths",
+    outputs=1,
+    results=1,
+    forward=_forward,
+    backward=_backward,
+    shapes=_shapes,
+)
+
+
+def _taps(x, weight):
+    """weight (D, K) in x's dtype, turned to (K, D) so that neighbouring threads read neighbours."""
+    return torch.empty(weight.shape[::-1], dtype=x.dtype, device=x.device).copy_(weight.t())
 
 
 def _tiles(frames, width, longest, chunk):

@@ -2,6 +2,7 @@
 
 import torch
 
+from modules.ops import kernels
 from modules.ops.backends import Backends, Call
 from modules.ops.gating import pytorch, triton
 
@@ -30,4 +31,6 @@ def gated_mean(y: torch.Tensor, z: torch.Tensor, *, backend: str = "auto") -> to
     needs_grad = torch.is_grad_enabled() and (y.requires_grad or z.requires_grad)
     dtype = torch.promote_types(y.dtype, z.dtype)
     call = Call(z.device.type, dtype, 1, needs_grad, initial_state=False, return_state=False)
-    return _backends.pick(backend, call).gated_mean(y, z)
+    # A compiled graph fuses plain PyTorch with what is around it.
+    module = pytorch if kernels.traced(z) else _backends.pick(backend, call)
+    return module.gated_mean(y, z)

@@ -2,6 +2,7 @@
 
 import torch
 
+from modules.ops import kernels
 from modules.ops.backends import Backends, Call
 from modules.ops.selective_scan import chunked, cuda, naive, triton
 
@@ -68,7 +69,8 @@ def selective_scan(
         initial_state=initial_state is not None,
         return_state=return_state,
     )
-    run = _backends.pick(backend, call).selective_scan
+    module = triton if kernels.traced(u) else _backends.pick(backend, call)
+    run = module.selective_scan
     if u.shape[1] == 0:
         y, state = torch.zeros_like(u), _empty_scan_state(u, A, initial_state)
     else:
@@ -119,7 +121,7 @@ def bidirectional_scan(
         initial_state=False,
         return_state=False,
     )
-    module = _backends.pick(backend, call)
+    module = triton if kernels.traced(u) else _backends.pick(backend, call)
     together = getattr(module, "bidirectional_scan", None)
     if together is not None and A.shape[2] <= module.STATES and u.shape[2] > 0:
         return together(u, dt, A, B, C, D, dt_bias, dt_softplus, lengths)

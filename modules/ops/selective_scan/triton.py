@@ -16,9 +16,9 @@ TRITON_INTERPRET=1 (set before triton is imported) runs the kernels on a CPU, fo
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from modules.ops.kernels import availability, dense_rows, interpreting, supports  # noqa: F401
+from modules.ops.operator import Operator
 
 CHANNELS = 32  # a program's
 STATES = 16  # a program's at most: more do not fit its registers
@@ -36,8 +36,8 @@ def selective_scan(
         return _in_parts(
             u, dt, A, B, C, D, z, dt_bias, dt_softplus, lengths, reverse, initial_state
         )
-    tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    return _scan(*tensors, dt_softplus, lengths, 0 if reverse else u.shape[0])
+    reverse_from = 0 if reverse else u.shape[0]
+    return _scan(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, reverse_from)
 
 
 def bidirectional_scan(u, dt, A, B, C, D, dt_bias, dt_softplus, lengths):
@@ -70,109 +70,124 @@ def _zero_padding(x, lengths):
     return torch.where(valid.unsqueeze(-1), x, 0.0)
 
 
-def _scan(*tensors_and_options):
-    tensors = tensors_and_options[:9]
+def _scan(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, reverse_from):
+    """One scan a batch, or with one axis more in front a group of them: -> y, last state."""
+    tensors = (u, dt, A, B, C, D, z, dt_bias, _turned(initial_state))
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return _TritonScan.apply(*tensors_and_options, keep)
+    alone = u.dim() == 3
+    if alone:
+        tensors = [None if x is None else x.unsqueeze(0) for x in tensors]
+    y, last, *_ = _operator(*tensors, dt_softplus, lengths, reverse_from, keep)
+    last = last.transpose(2, 3)
+    return (y.squeeze(0), last.squeeze(0)) if alone else (y, last)
 
 
-class _TritonScan(torch.autograd.Function):
-    """u, dt, z (G, B, T, D), A (G, D, N), B, C (G, B, T, N), D, dt_bias (G, D), states
-    (G, B, D, N): G groups of B scans, each group with parameters of its own. Without G: one.
+def _forward(
+    u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, reverse_from, keep
+):
     """
+    u, dt, z (G, B, T, D), A (G, D, N), B, C (G, B, T, N), D, dt_bias (G, D), states (G, B, N, D):
+    G groups of B scans, each group with parameters of its own. From scan reverse_from on (of
+    G B) time runs backwards.
+    -> y (G, B, T, D), last states; if `keep` the states at the segments' starts and the total of
+    dt in the pieces of time
+    """
+    from modules.ops.selective_scan.triton_kernels import forward_kernel
 
-    @staticmethod
-    def forward(
-        ctx, u, dt, A, B, C, D, z, dt_bias, initial_state, softplus, lengths, reverse_from, keep
-    ):
-        from modules.ops.selective_scan.triton_kernels import forward_kernel
+    launch, A_t, BC = _prepared(u, A, B, C, dt_softplus, reverse_from)
+    u, dt, z = (dense_rows(x) for x in (u, dt, z))
+    D, dt_bias, lengths = (None if x is None else x.contiguous() for x in (D, dt_bias, lengths))
+    y, last, starts, total = _shapes(
+        u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, reverse_from, keep
+    )
+    final = last
+    inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths)
+    options = {"strided": (u, dt, z), "CHUNK": CHUNK, "SEGMENT": SEGMENT}
+    if launch.pieces > 1:
+        final = last.new_empty(launch.groups, launch.batch, launch.pieces, *last.shape[2:])
+        launch(forward_kernel, (*inputs, None, None, final, None, total), **options)
+        initial_state = launch.chain(final, total, A_t, initial_state, last, backwards=False)
+    outputs = (y, final, starts if keep else None, None)
+    launch(forward_kernel, (*inputs, initial_state, *outputs), **options)
+    return y, last, starts, total
 
-        ctx.dtypes = [None if x is None else x.dtype for x in (A, B, C, D, dt_bias, initial_state)]
-        ctx.alone = u.dim() == 3
-        tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-        if ctx.alone:
-            tensors = [None if x is None else x.unsqueeze(0) for x in tensors]
-        u, dt, A, B, C, D, z, dt_bias, initial = tensors
 
-        groups, batch, _, channels = u.shape
-        u, dt, z = (dense_rows(x) for x in (u, dt, z))
-        BC, packed = _side_by_side(B, C)
-        A_t = _scaled(A)
-        D, dt_bias, lengths = (None if x is None else x.contiguous() for x in (D, dt_bias, lengths))
-        launch = _Launch(u.shape, A.shape[2], reverse_from, softplus, packed)
-        y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-        final = A_t.new_empty(groups, batch, launch.pieces, launch.states, channels)
-        segments = -(-launch.piece_frames // SEGMENT)
-        starts = A_t.new_empty(*final.shape[:3], segments, *final.shape[3:]) if keep else None
-        total = None
-        initial = _state(initial)
-        inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths)
-        options = {"strided": (u, dt, z), "CHUNK": CHUNK, "SEGMENT": SEGMENT}
-        if launch.pieces > 1:
-            total = A_t.new_empty(*final.shape[:3], channels)
-            launch(forward_kernel, (*inputs, None, None, final, None, total), **options)
-            initial, last = launch.chain(final, total, A_t, initial, backwards=False)
-        launch(forward_kernel, (*inputs, initial, y, final, starts, None), **options)
-        if launch.pieces == 1:
-            last = final.squeeze(2)
-        ctx.save_for_backward(u, dt, A_t, BC, D, z, dt_bias, lengths, starts, total)
-        ctx.launch = launch
-        ctx.set_materialize_grads(False)
-        last = last.transpose(2, 3)
-        return (y.squeeze(0), last.squeeze(0)) if ctx.alone else (y, last)
+def _shapes(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, reverse_from, keep):
+    """As `_forward`, of empty tensors; what is kept is flat."""
+    groups, batch, frames, channels = u.shape
+    pieces, piece_frames = _pieces(groups, batch, frames, channels)
+    segments = -(-piece_frames // SEGMENT)
+    sums = groups * batch * pieces * channels
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    last = u.new_empty(groups, batch, A.shape[2], channels, dtype=torch.float32)
+    starts = last.new_empty(sums * segments * A.shape[2] if keep else 0)
+    return y, last, starts, last.new_empty(sums)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dfinal):
-        from modules.ops.selective_scan.triton_backward import backward_kernel
-        from modules.ops.selective_scan.triton_sums import message_kernel
 
-        u, dt, A_t, BC, D, z, dt_bias, lengths, starts, total = ctx.saved_tensors
-        launch, states = ctx.launch, ctx.launch.states
-        A_dtype, B_dtype, C_dtype, D_dtype, bias_dtype, state_dtype = ctx.dtypes
-        if ctx.alone:
-            dy, dfinal = (None if x is None else x.unsqueeze(0) for x in (dy, dfinal))
-        groups, batch, pieces, _, _, channels = starts.shape
-        dy = torch.zeros_like(u) if dy is None else dense_rows(dy)
-        du, ddt, dz = (
-            None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            for x in (u, dt, z)
-        )
-        blocks = launch.blocks
-        scratch = A_t.new_empty(
-            groups * batch * pieces * blocks, SEGMENT // CHUNK - 1, states, CHANNELS
-        )
-        dBC = A_t.new_empty(groups, batch, blocks, u.shape[2], 2 * states)
-        dparameters = A_t.new_empty(groups, batch, pieces, states + 2, channels)
-        dinitial, dfinal = None, _state(dfinal)
-        if pieces > 1:
-            before = A_t.new_empty(groups, batch, pieces, states, channels)
-            inputs = (dt, A_t, BC, z, dt_bias, lengths, dy, before)
-            launch(message_kernel, inputs, strided=(dt, z, dy), CHUNK=CHUNK)
-            dfinal, dinitial = launch.chain(before, total, A_t, dfinal, backwards=True)
-        elif state_dtype is not None:
-            dinitial = A_t.new_empty(groups, batch, states, channels)
-        inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths, starts, scratch, dy, dfinal)
-        gradients = (du, ddt, dz, dBC, dparameters, dinitial if pieces == 1 else None)
-        options = {"strided": (u, dt, z, dy), "CHUNK": CHUNK, "SEGMENT": SEGMENT}
-        launch(backward_kernel, (*inputs, *gradients), **options)
-        dB, dC = (u.new_empty(*u.shape[:3], states, dtype=x) for x in (B_dtype, C_dtype))
-        launch.sum_blocks(dBC, dB, dC)
-        dparameters = dparameters.sum((1, 2))
-        given = (
-            du,
-            ddt,
-            dparameters[:, :-2].transpose(1, 2).to(A_dtype),
-            dB,
-            dC,
-            None if D is None else dparameters[:, -2].to(D_dtype),
-            dz,
-            None if dt_bias is None else dparameters[:, -1].to(bias_dtype),
-            None if state_dtype is None else dinitial.transpose(2, 3).to(state_dtype),
-        )
-        if ctx.alone:
-            given = (None if x is None else x.squeeze(0) for x in given)
-        return (*given, None, None, None, None)
+def _backward(gradients, args, kept):
+    """As an `Operator` wants it; the sums over frames and scans are float32 as well."""
+    from modules.ops.selective_scan.triton_backward import backward_kernel
+    from modules.ops.selective_scan.triton_sums import message_kernel
+
+    u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, reverse_from, _ = args
+    dy, dlast = gradients
+    starts, total = kept
+    launch, A_t, BC = _prepared(u, A, B, C, dt_softplus, reverse_from)
+    states, blocks, pieces = launch.states, launch.blocks, launch.pieces
+    u, dt, z = (dense_rows(x) for x in (u, dt, z))
+    D, dt_bias, lengths = (None if x is None else x.contiguous() for x in (D, dt_bias, lengths))
+    groups, batch, frames, channels = u.shape
+    dy = torch.zeros_like(u) if dy is None else dense_rows(dy)
+    dlast = None if dlast is None else dlast.contiguous()
+    du, ddt, dz, dB, dC = (
+        None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x in (u, dt, z, B, C)
+    )
+    scratch = A_t.new_empty(
+        groups * batch * pieces * blocks, SEGMENT // CHUNK - 1, states, CHANNELS
+    )
+    dBC = A_t.new_empty(groups, batch, blocks, frames, 2 * states)
+    dparameters = A_t.new_empty(groups, batch, pieces, states + 2, channels)
+    dinitial = None if initial_state is None else torch.empty_like(initial_state)
+    first = dinitial
+    if pieces > 1:
+        before = A_t.new_empty(groups, batch, pieces, states, channels)
+        inputs = (dt, A_t, BC, z, dt_bias, lengths, dy, before)
+        launch(message_kernel, inputs, strided=(dt, z, dy), CHUNK=CHUNK)
+        dlast = launch.chain(before, total, A_t, dlast, dinitial, backwards=True)
+        first = None
+    inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths, starts, scratch, dy, dlast)
+    options = {"strided": (u, dt, z, dy), "CHUNK": CHUNK, "SEGMENT": SEGMENT}
+    launch(backward_kernel, (*inputs, du, ddt, dz, dBC, dparameters, first), **options)
+    launch.sum_blocks(dBC, dB, dC)
+    # No two gradients may share memory.
+    dA, dD, dbias = dparameters.sum((1, 2)).split([states, 1, 1], dim=1)
+    dA = dA.transpose(1, 2).to(A.dtype, copy=True, memory_format=torch.contiguous_format)
+    dD = None if D is None else dD.squeeze(1).to(D.dtype, copy=True).contiguous()
+    dbias = None if dt_bias is None else dbias.squeeze(1).to(dt_bias.dtype, copy=True).contiguous()
+    given = (du, ddt, dA, dB, dC, dD, dz, dbias, dinitial)
+    return [x for x in given if x is not None]
+
+
+_operator = Operator(
+    "selective_scan",
+    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "Tensor? initial_state, bool dt_softplus, Tensor? lengths, SymInt reverse_from, bool keep",
+    outputs=4,
+    results=2,
+    forward=_forward,
+    backward=_backward,
+    shapes=_shapes,
+)
+
+
+def _pieces(groups, batch, frames, channels):
+    """-> into how many pieces time is cut, and the frames of each: whole segments"""
+    # sym_min and sym_max, for a compiled graph's sizes are not known when it is made.
+    programs = torch.sym_max(groups * batch * -(-channels // CHANNELS), 1)
+    pieces = torch.sym_max(torch.sym_min(ENOUGH // programs, frames // LEAST), 1)
+    piece_frames = -(-frames // (pieces * SEGMENT)) * SEGMENT
+    return -(-frames // piece_frames), piece_frames
 
 
 class _Launch:
@@ -183,13 +198,7 @@ class _Launch:
         self.states, self.reverse_from = states, reverse_from
         self.constants = {"SOFTPLUS": softplus, "N": states, "PACKED": packed}
         self.blocks = -(-self.channels // CHANNELS)
-        programs = max(self.groups * self.batch * self.blocks, 1)
-        pieces = max(min(ENOUGH // programs, self.frames // LEAST), 1)
-        # Whole segments a piece.
-        self.piece_frames = -(-self.frames // (pieces * SEGMENT)) * SEGMENT
-        if pieces == 1:
-            self.piece_frames = self.frames
-        self.pieces = -(-self.frames // self.piece_frames)
+        self.pieces, self.piece_frames = _pieces(*shape)
 
     def __call__(self, kernel, tensors, strided, **constants):
         """strided: the tensors whose rows need not be dense."""
@@ -211,11 +220,12 @@ class _Launch:
                 num_warps=1,
             )
 
-    def chain(self, local, total, A_t, initial, backwards):
-        """-> the state with which each piece begins, as local; what comes out at the end."""
+    def chain(self, local, total, A_t, initial, last, backwards):
+        """-> the state with which each piece begins, as local; last gets what comes out."""
         from modules.ops.selective_scan.triton_sums import chain_kernel
 
-        starts, last = torch.empty_like(local), torch.empty_like(local[:, :, 0])
+        starts = torch.empty_like(local)
+        last = torch.empty_like(local[:, :, 0]) if last is None else last
         numbers, tile = self.states * self.channels, 128
         if self.batch > 0:
             with torch.cuda.device_of(local):
@@ -225,7 +235,7 @@ class _Launch:
                     BACKWARDS=backwards,
                     TILE=tile,
                 )
-        return starts, last
+        return starts
 
     def sum_blocks(self, shares, dB, dC):
         """shares (G, B, blocks, T, 2 N) -> dB, dC (G, B, T, N), always in the same order."""
@@ -239,18 +249,18 @@ class _Launch:
                 )
 
 
-def _side_by_side(B, C):
-    """B, C (G, B, T, N) -> (G, B, T, 2 N) float32, False; (G, B, T, N) pairs of bfloat16, True."""
+def _prepared(u, A, B, C, dt_softplus, reverse_from):
+    """-> launch; A (G, N, D) in float32, times log2(e); B and C side by side
+
+    These are (G, B, T, 2 N) float32, or, of bfloat16, (G, B, T, N) pairs.
+    """
     packed = B.dtype == C.dtype == torch.bfloat16 and B.shape[-1] % 2 == 0
     BC = torch.cat((B, C), dim=-1)
-    return (BC.view(torch.int32), True) if packed else (BC.float(), False)
+    BC = BC.view(torch.int32) if packed else BC.float()
+    A_t = (A.float() * math.log2(math.e)).transpose(1, 2).contiguous()
+    return _Launch(u.shape, A.shape[2], reverse_from, dt_softplus, packed), A_t, BC
 
 
-def _scaled(A):
-    """A (G, D, N) -> (G, N, D) in float32, times log2(e)."""
-    return (A.float() * math.log2(math.e)).transpose(1, 2).contiguous()
-
-
-def _state(x):
-    """(G, B, D, N) -> (G, B, N, D) in float32."""
-    return None if x is None else x.float().transpose(2, 3).contiguous()
+def _turned(state):
+    """(B, D, N) -> (B, N, D) in float32."""
+    return None if state is None else state.float().transpose(1, 2).contiguous()
