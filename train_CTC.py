@@ -21,7 +21,7 @@ class ASR(ASRBrain):
 
     def compute_forward(self, batch, stage):
         """Logits (B, T, V) and lengths (B,) in frames."""
-        x, lengths = self.encode(batch, stage)
+        x, lengths = self.run_network(stage, *self.features(batch, stage))
         return self.modules.ctc_head(x), lengths
 
     def compute_objectives(self, predictions, batch, stage):

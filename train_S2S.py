@@ -24,11 +24,19 @@ class ASR(ASRBrain):
 
     def compute_forward(self, batch, stage):
         """CTC logits (B, T, V), token log-probabilities (B, U, V), memory, lengths."""
-        memory, lengths = self.encode(batch, stage)
         tokens, token_lengths = self.tokens(batch, "tokens_bos")
-        x, _ = self.modules.decoder(tokens, token_lengths, memory, lengths)
+        memory, lengths, x = self.run_network(
+            stage, *self.features(batch, stage), tokens, token_lengths
+        )
+        x = x[:, : tokens.shape[1]]
         log_probs = self.modules.seq_head(x).log_softmax(dim=-1)
         return self.modules.ctc_head(memory), log_probs, memory, lengths
+
+    def network(self, features, lengths, tokens, token_lengths):
+        """Encoder output (B, T, D), its lengths (B,), decoder output (B, U, D)."""
+        memory, lengths = self.encode(features, lengths)
+        x, _ = self.modules.decoder(tokens, token_lengths, memory, lengths)
+        return memory, lengths, x
 
     def compute_objectives(self, predictions, batch, stage):
         """The weighted sum of both losses; outside training also accuracy and error rates."""

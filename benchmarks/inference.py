@@ -25,7 +25,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from benchmarks.models import MODELS, SIZES, batch_size, build, encode, make_batch
+from benchmarks.models import (
+    COMPILE_MODES,
+    MODELS,
+    SIZES,
+    batch_size,
+    build,
+    encode,
+    make_batch,
+)
 
 PARTS = {
     # What each part measures. The Mamba decoder's recipe has ConMamba's encoder.
@@ -141,7 +149,7 @@ def parse():
     parser.add_argument("--limit", type=float, default=1.0, help="seconds a row's repeats may take")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--device", default=measure.best_device())
-    parser.add_argument("--compile", action="store_true", help="for recipes with the key `compile`")
+    parser.add_argument("--compile", choices=COMPILE_MODES, help="not the SpeechBrain baselines")
     return parser.parse_args()
 
 

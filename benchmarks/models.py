@@ -15,7 +15,6 @@ from torch import nn
 
 from modules import launch
 from modules.lengths import relative
-from modules.options import top_level
 from train_S2S import ASR
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +28,7 @@ MODELS = {
     "speechbrain-rope": {"yaml": "conformer", "speechbrain": "RoPEMHA"},
 }
 SIZES = ("large", "small", "tiny")
+COMPILE_MODES = ("default", "reduce-overhead")
 
 
 class PassOn(nn.Module):
@@ -42,7 +42,7 @@ class SpeechBrainASR(ASR):
     """The recipe around SpeechBrain's `TransformerASR`."""
 
     def compute_forward(self, batch, stage):
-        x, lengths = self.encode(batch, stage)
+        x, lengths = self.encode(*self.features(batch, stage))
         tokens, _ = self.tokens(batch, "tokens_bos")
         memory, y = self.modules.transformer(x, tokens, relative(lengths, x.shape[1]))
         log_probs = self.modules.seq_head(y).log_softmax(dim=-1)
@@ -98,10 +98,10 @@ def recipe_file(model, size, folder):
     return path
 
 
-def build(model, size, folder, device, precision="bf16", compile_it=False):
+def build(model, size, folder, device, precision="bf16", compile_mode=None):
     """A Brain in training mode, ready for its first batch; augmentation is off.
 
-    A step is an optimizer step. compile_it sets the key `compile` of recipes that have it.
+    A step is an optimizer step. compile_mode: one of COMPILE_MODES, or None not to compile.
     """
     path = recipe_file(model, size, folder)
     options = {
@@ -112,11 +112,11 @@ def build(model, size, folder, device, precision="bf16", compile_it=False):
         "grad_accumulation_factor": 1,
         "fea_augment": "{augment_prob: 0.0}",
     }
-    if compile_it and "compile" in top_level(path):
-        options["compile"] = True
     arguments = [f"--{key}={value}" for key, value in options.items()]
-    _, hparams, run_opts, _ = launch.start([str(path), *arguments])
     brain_class, attention_type = ASR, MODELS[model].get("speechbrain")
+    if compile_mode and attention_type is None:
+        arguments += ["--compile", f"--compile_mode={compile_mode}"]
+    _, hparams, run_opts, _ = launch.start([str(path), *arguments])
     if attention_type is not None:
         brain_class = SpeechBrainASR
         names = ("normalize", "frontend", "ctc_head", "seq_head")
@@ -154,7 +154,7 @@ def training_step(brain, batch):
 def encode(brain, batch):
     """Waveforms to CTC logits (B, T, V), as a validation does."""
     with torch.no_grad(), brain.evaluation_ctx:
-        x, lengths = brain.encode(batch, sb.Stage.VALID)
+        x, lengths = brain.encode(*brain.features(batch, sb.Stage.VALID))
         if isinstance(brain, SpeechBrainASR):
             x = brain.modules.transformer.encode(x, relative(lengths, x.shape[1]))
         return brain.modules.ctc_head(x)

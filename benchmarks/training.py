@@ -1,6 +1,7 @@
 """One whole training step of the S2S recipes: audio seconds a second, and peak memory.
 
     python benchmarks/training.py                                  # sizes L and S, all models
+    python benchmarks/training.py --compile reduce-overhead       # as with train_S2S.py --compile
     python benchmarks/training.py --sizes large --models conmamba --profile profile.txt
     python benchmarks/training.py --device cpu --sizes tiny --batches 2x1 --steps 2
 
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from benchmarks.models import (
+    COMPILE_MODES,
     MODELS,
     SIZES,
     batch_size,
@@ -101,7 +103,7 @@ def parse():
     parser.add_argument("--limit", type=float, default=2.0, help="seconds a row's timed steps take")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--device", default=measure.best_device())
-    parser.add_argument("--compile", action="store_true", help="for recipes with the key `compile`")
+    parser.add_argument("--compile", choices=COMPILE_MODES, help="not the SpeechBrain baselines")
     parser.add_argument("--profile", metavar="FILE", help="write a profile of the first row here")
     return parser.parse_args()
 

@@ -15,11 +15,12 @@ from speechbrain.utils.metric_stats import ErrorRateStats
 from modules.checkpoints import average, best, newest, resumable
 from modules.data import WholeStepSampler
 from modules.errors import UserError
+from modules.graphs import TrainingGraphs, compile_layers, pad_to_few_shapes
 from modules.lengths import absolute, relative
 from modules.loggers import make_loggers
 from modules.losses import too_few_frames
 from modules.nonfinite import FiniteBrain
-from modules.optimizers import advance_before_steps, clip_all_groups, parameter_groups
+from modules.optimizers import advance_before_steps, clip_all_groups, fused, parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +49,13 @@ class ASRBrain(FiniteBrain):
         self.hparams.normalize.to(self.device)
         self.tokenizer = hparams["tokenizer"]
         self.loggers = make_loggers(hparams)
+        self.graphs = None
         self.results = {}
 
-    # ---- Encoding ----
+    # ---- The network ----
 
-    def encode(self, batch, stage):
-        """Waveforms to encoder output: (B, T, D), lengths (B,) in frames."""
+    def features(self, batch, stage):
+        """Waveforms to what the network gets: (B, T, n_mels), lengths (B,) in frames."""
         wavs, relative_lengths = batch.sig
         samples = absolute(relative_lengths, wavs.shape[1])
         features, lengths = self.hparams.compute_features(wavs, samples)
@@ -62,8 +64,21 @@ class ASRBrain(FiniteBrain):
         features = self.modules.normalize(features, relative(lengths, features.shape[1]), epoch)
         if stage == sb.Stage.TRAIN:
             features, _ = self.hparams.fea_augment(features, relative(lengths, features.shape[1]))
-        features, lengths = self.modules.frontend(features, lengths)
-        return self.modules.encoder(features, lengths)
+        return features, lengths
+
+    def encode(self, features, lengths):
+        """Features to encoder output: (B, T, D), lengths (B,) in frames."""
+        return self.modules.encoder(*self.modules.frontend(features, lengths))
+
+    def network(self, features, lengths):
+        """All layers between the features and the heads: tensors to a tuple of tensors."""
+        return self.encode(features, lengths)
+
+    def run_network(self, stage, *inputs):
+        """`network`, in training by CUDA graphs when there are any; may give more padding."""
+        if stage != sb.Stage.TRAIN or self.graphs is None:
+            return self.network(*inputs)
+        return self.graphs(*(pad_to_few_shapes(x) for x in inputs))
 
     def tokens(self, batch, name):
         """Token ids (B, U) and their lengths (B,) of a batch's key."""
@@ -109,10 +124,30 @@ class ASRBrain(FiniteBrain):
 
     # ---- Optimisation ----
 
+    def _compile(self):
+        """--compile: SpeechBrain's option, which here compiles the encoder layer by layer.
+
+        All layers share what is compiled for one. With --compile_mode reduce-overhead, its
+        default, a single process trains by CUDA graphs too.
+        """
+        if not self.compile or self.compile_module_keys:
+            super()._compile()
+            return
+        compile_layers(self.modules.encoder)
+        self.graphs = None
+        if self.compile_mode == "reduce-overhead" and not self.distributed_launch:
+            self.graphs = TrainingGraphs(self.network, self.hparams.model.parameters())
+
+    def check_loss_isfinite(self, loss):
+        super().check_loss_isfinite(loss)
+        if self.graphs is not None:
+            self.graphs.discard = not self.batches[-1][0]
+
     def init_optimizers(self):
         """Two parameter groups, with and without weight decay; clipping and rate for both."""
         weight_decay = getattr(self.hparams, "weight_decay", 0.0)
-        self.optimizer = self.opt_class(parameter_groups(self.modules, weight_decay))
+        opt_class = fused(self.opt_class, self.device, self.scaler)
+        self.optimizer = opt_class(parameter_groups(self.modules, weight_decay))
         self.optimizers_dict = {"optimizer": self.optimizer}
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("optimizer", self.optimizer)
@@ -144,6 +179,8 @@ class ASRBrain(FiniteBrain):
             if self.skipped_batches:
                 self.train_stats["skipped batches"] = self.skipped_batches
             self.report_unalignable()
+            if self.graphs is not None:
+                self.graphs.report()
         elif stage == sb.Stage.VALID:
             stats = {"loss": stage_loss, **self.validation_statistics()}
             self.loggers.log_stats(
@@ -235,6 +272,7 @@ class ASRBrain(FiniteBrain):
         """Load the average of the best checkpoints, once; nothing is written or deleted."""
         if self.results:
             return
+        self.graphs = None  # frees their memory
         found = self.found_checkpoints()
         if not found:
             raise UserError(

@@ -84,7 +84,9 @@ def start(argv):
         sys.exit(0)
     run_opts, overrides = read_options(argv, defaults)
     run_opts = choose_device(run_opts)
-    check_values(top_level(path, overrides), run_opts)
+    values = top_level(path, overrides)
+    check_values(values, run_opts)
+    check_compilation(run_opts, values.get("scan_backend", "auto"))
     # The process group comes first: what the YAML file creates may ask for the rank.
     sb.utils.distributed.ddp_init_group(run_opts)
     try:
@@ -109,6 +111,26 @@ def on_main(function, *args, **kwargs):
         torch.distributed.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise UserError(failure[0])
+
+
+def check_compilation(run_opts, scan_backend):
+    """UserError where --compile has no kernels to compile the layers around."""
+    if not run_opts.compile or run_opts.compile_module_keys:
+        return
+    if not run_opts.device.startswith("cuda"):
+        raise UserError(
+            f"--compile needs a CUDA device, and this run is on {run_opts.device}; leave it out"
+        )
+    if run_opts.compile_mode not in ("default", "reduce-overhead"):
+        raise UserError(
+            f"--compile_mode {run_opts.compile_mode} is unknown here; use default, or "
+            "reduce-overhead for CUDA graphs"
+        )
+    if scan_backend not in ("auto", "triton"):
+        raise UserError(
+            f"--compile goes with the triton kernels, not with scan_backend={scan_backend}; leave "
+            "out one of them"
+        )
 
 
 def check_alphabet(hparams):

@@ -1,5 +1,8 @@
 """What an optimizer is given: which parameters decay, and one gradient norm for all of them."""
 
+import inspect
+from functools import partial
+
 from torch import nn
 
 # The frontend's LayerNorm runs over bins and channels: its weight has two dimensions.
@@ -25,6 +28,18 @@ def parameter_groups(modules, weight_decay):
     trainable = [p for p in modules.parameters() if p.requires_grad]
     yield {"params": [p for p in trainable if p not in spared], "weight_decay": weight_decay}
     yield {"params": [p for p in trainable if p in spared], "weight_decay": 0.0}
+
+
+def fused(opt_class, device, scaler):
+    """A torch optimizer's class or partial, on CUDA devices by its fused kernels if it has any.
+
+    Not in fp16: there a hook of every step would run in the skipped steps as well.
+    """
+    if device.type != "cuda" or scaler.is_enabled():
+        return opt_class
+    if "fused" not in inspect.signature(opt_class).parameters:
+        return opt_class
+    return partial(opt_class, fused=True)
 
 
 def clip_all_groups(optimizer, max_norm):

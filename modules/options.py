@@ -20,12 +20,17 @@ class Wiring:
 # SpeechBrain's run options that matter to users; the others work too.
 SHOWN_OPTIONS = (
     "device precision eval_precision grad_accumulation_factor max_grad_norm debug debug_batches "
-    "debug_epochs noprogressbar optimizer_step_limit ckpt_interval_minutes distributed_backend"
+    "debug_epochs noprogressbar optimizer_step_limit ckpt_interval_minutes distributed_backend "
+    "compile compile_mode"
 )
 # max_nonfinite_steps stands for these.
 REPLACED_OPTIONS = ("nonfinite_patience", "skip_nonfinite_grads")
 RUN_OPTIONS = {
     n: v for n, v in RunOptions().as_dict().items() if n in HELP_TEXTS and n not in REPLACED_OPTIONS
+}
+HELP = HELP_TEXTS | {
+    "compile": "On CUDA: compile the encoder's layers, and train by CUDA graphs.",
+    "compile_mode": "default: without CUDA graphs; reduce-overhead: with them.",
 }
 LIST_OPTIONS = ("jit_module_keys", "compile_module_keys")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -225,5 +230,5 @@ def describe(path, defaults):
         if value is not Wiring:
             lines.append(f"  --{key:<28} {value}")
     lines.append("\nRun options:\n")
-    lines += [f"  --{name:<28} {HELP_TEXTS[name]}" for name in SHOWN_OPTIONS.split()]
+    lines += [f"  --{name:<28} {HELP[name]}" for name in SHOWN_OPTIONS.split()]
     return "\n".join(lines)
