@@ -1,0 +1,182 @@
+"""CUDA graphs of training: a network's forward pass is one launch, and its backward pass another.
+
+A small model's step is bound by its launches, a thousand and more of a few microseconds of work
+each. A batch of a shape that came before is recorded, and replayed from then on
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+"""
+
+import logging
+import time
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+logger = logging.getLogger(__name__)
+
+FRAMES, TOKENS = 64, 32  # batches' lengths are padded to multiples of these
+
+
+class TrainingGraphs:
+    """Runs a network on batches, from their second one of a shape on by a graph.
+
+    The gradients of its parameters appear in `grad` as if autograd had run. Between a call and its
+    backward pass there may be no other call. One process and one CUDA device.
+
+    Arguments
+    ---------
+    network : callable
+        network(*tensors) -> a tuple of tensors. Must not wait for the device, nor look at it.
+    parameters : iterable
+        What it learns.
+    limit : int
+        Graphs, at most; other shapes run without one. All use the same memory.
+    """
+
+    def __init__(self, network, parameters, limit=256):
+        self.network, self.limit = network, limit
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.graphs, self.seen = {}, set()
+        self.gradients, self.anchor = None, None
+        self.pool, self.ends = torch.cuda.graph_pool_handle(), {}
+        self.discard = False  # of a batch whose loss is not finite nothing is learnt
+        self.seconds = 0.0
+
+    def __call__(self, *inputs):
+        """The network's outputs."""
+        shape = tuple(x.shape for x in inputs)
+        self.discard = False
+        if shape not in self.graphs:
+            if shape not in self.seen or len(self.graphs) == self.limit:
+                self.seen.add(shape)
+                return self.network(*inputs)
+            self.graphs[shape] = self._record(inputs)
+        return _Replay.apply(self.anchor, self, self.graphs[shape], *inputs)
+
+    def _record(self, inputs):
+        started = time.perf_counter()
+        if self.gradients is None:
+            self.gradients = [torch.zeros_like(p) for p in self.parameters]
+            # Tells autograd that the outputs can be differentiated.
+            self.anchor = torch.zeros((), device=inputs[0].device, requires_grad=True)
+        graph = _Graph(self, inputs)
+        self.seconds += time.perf_counter() - started
+        return graph
+
+    def end(self, name, like):
+        """A tensor like another in the memory that a name stands for, whichever graph asks."""
+        memory = self.ends.get(name)
+        if memory is None or memory.dtype != like.dtype or memory.numel() < like.numel():
+            # Half as large again: shapes come in any order, and earlier graphs keep theirs.
+            room = like.numel() if memory is None else like.numel() * 3 // 2
+            self.ends[name] = memory = like.new_empty(room)
+        return memory[: like.numel()].view(like.shape)
+
+    def attach(self):
+        """Put the buffers that the graphs add to in the place of the parameters' gradients."""
+        missing = [
+            (p, g) for p, g in zip(self.parameters, self.gradients, strict=True) if p.grad is not g
+        ]
+        if not missing:
+            return
+        torch._foreach_zero_([g for _, g in missing])
+        for parameter, gradient in missing:
+            if parameter.grad is not None:  # of a batch without a graph
+                gradient.add_(parameter.grad)
+            parameter.grad = gradient
+
+    def report(self):
+        """Say, once a graph has been made, what they took."""
+        if self.seconds:
+            logger.info(
+                "%d CUDA graphs of %d shapes of batches, recorded in %.1f s",
+                len(self.graphs),
+                len(self.seen),
+                self.seconds,
+            )
+            self.seconds = 0.0
+
+
+class _Graph:
+    """A forward and a backward pass from and to the addresses of inputs, outputs, doutputs."""
+
+    def __init__(self, graphs, inputs):
+        network = _without_cast_cache(graphs.network)
+        parameters, gradients = graphs.parameters, graphs.gradients
+        self.inputs = [graphs.end(("input", i), x).copy_(x) for i, x in enumerate(inputs)]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries settle here what they settle at first use
+            outputs = network(*self.inputs)
+            self.outputs = [graphs.end(("output", i), y.detach()) for i, y in enumerate(outputs)]
+            self.learns = [y.requires_grad for y in outputs]
+            learnt = [y for y in outputs if y.requires_grad]
+            self.doutputs = [graphs.end(("gradient", i), y.detach()) for i, y in enumerate(learnt)]
+            torch.autograd.grad(learnt, parameters, self.doutputs, allow_unused=True)
+            del outputs, learnt
+        torch.cuda.current_stream().wait_stream(stream)
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # Other threads, of a data loader for instance, may allocate meanwhile.
+        options = {"stream": stream, "capture_error_mode": "thread_local", "pool": graphs.pool}
+        with torch.cuda.graph(self.forward, **options):
+            outputs = network(*self.inputs)
+            torch._foreach_copy_(self.outputs, [y.detach() for y in outputs])
+        learnt = [y for y in outputs if y.requires_grad]
+        with torch.cuda.graph(self.backward, **options):
+            given = torch.autograd.grad(learnt, parameters, self.doutputs, allow_unused=True)
+            used = [(g, d) for g, d in zip(gradients, given, strict=True) if d is not None]
+            torch._foreach_add_([g for g, _ in used], [d for _, d in used])
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, anchor, graphs, graph, *inputs):
+        torch._foreach_copy_(graph.inputs, list(inputs))
+        graph.forward.replay()
+        ctx.graphs, ctx.graph = graphs, graph
+        outputs = tuple(y.view_as(y) for y in graph.outputs)
+        ctx.mark_non_differentiable(
+            *(y for y, learns in zip(outputs, graph.learns, strict=True) if not learns)
+        )
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        graphs, graph = ctx.graphs, ctx.graph
+        if not graphs.discard:
+            graphs.attach()
+            given = [g for g, learns in zip(gradients, graph.learns, strict=True) if learns]
+            torch._foreach_copy_(graph.doutputs, given)
+            graph.backward.replay()
+        return (None,) * (3 + len(graph.inputs))
+
+
+def _without_cast_cache(network):
+    """Under autocast, cast the weights in every call: a graph must hold the casts it needs."""
+
+    def run(*inputs):
+        device = inputs[0].device.type
+        with torch.autocast(
+            device,
+            torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+            cache_enabled=False,
+        ):
+            return network(*inputs)
+
+    return run
+
+
+def pad_to_few_shapes(x):
+    """Zeros at the end of features' frames (B, T, F) and tokens (B, U): few shapes, few graphs."""
+    if x.dim() == 1:  # lengths
+        return x
+    missing = -x.shape[1] % (FRAMES if x.dim() == 3 else TOKENS)
+    return F.pad(x, [0, 0] * (x.dim() - 2) + [0, missing]) if missing else x
+
+
+def compile_layers(encoder):
+    """Compile an encoder's layer for batches of any size, once for all of its layers."""
+    # With and without gradients, in each precision, for one utterance and for more.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    for layer in encoder.layers:
+        layer.compile(dynamic=True)
