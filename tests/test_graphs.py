@@ -1,0 +1,95 @@
+"""CUDA graphs of training and compiled layers learn what autograd learns."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from modules import graphs
+from modules.encoder import Encoder
+from modules.mamba import BiMamba
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SHAPES = [(2, 64), (3, 128), (2, 64), (3, 128), (2, 64), (2, 64), (1, 64), (3, 128)]
+
+
+def make_encoder():
+    torch.manual_seed(0)
+    mixer = partial(BiMamba, d_state=4)
+    return Encoder(20, 32, 64, 2, mixer, kernel_size=7, dropout=0.0).cuda()
+
+
+def batch(shape, i):
+    generator = torch.Generator().manual_seed(i)
+    x = torch.randn(*shape, 20, generator=generator).cuda()
+    lengths = torch.randint(shape[1] // 2, shape[1] + 1, (shape[0],), generator=generator)
+    weight = torch.randn(*shape, 32, generator=generator).cuda()
+    return x, lengths.cuda(), weight
+
+
+def learn(encoder, run, number, **autocast):
+    """One batch's loss; its gradients are added."""
+    x, lengths, weight = batch(SHAPES[number], number)
+    with torch.autocast("cuda", torch.bfloat16, **autocast):
+        y, lengths_after = run(x, lengths)
+    assert torch.equal(lengths_after, lengths)
+    loss = (y.float() * weight).sum()
+    loss.backward()
+    return loss.item()
+
+
+def assert_same_gradients(ours, theirs, tolerance):
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        error = (p.grad - q.grad).abs().max() / q.grad.abs().max().clamp(min=1e-6)
+        assert error < tolerance, (name, error.item())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_graphs_learn_what_autograd_learns(bf16):
+    ours, theirs = make_encoder(), make_encoder()
+    run = graphs.TrainingGraphs(ours, ours.parameters())
+    for step in range(0, len(SHAPES), 2):  # two batches a step
+        for i in (step, step + 1):
+            a, b = (learn(m, r, i, enabled=bf16) for m, r in ((ours, run), (theirs, theirs)))
+            assert a == pytest.approx(b, rel=1e-2 if bf16 else 1e-4, abs=1e-2)
+        assert_same_gradients(ours, theirs, 2e-2 if bf16 else 1e-4)
+        for module in (ours, theirs):
+            module.zero_grad(set_to_none=True)
+    assert len(run.graphs) == 2  # the third shape came once
+
+
+def test_a_discarded_batch_leaves_the_gradients():
+    encoder = make_encoder()
+    run = graphs.TrainingGraphs(encoder, encoder.parameters())
+    for i in (0, 2, 4):
+        learn(encoder, run, i, enabled=False)
+    before = [p.grad.clone() for p in encoder.parameters()]
+    x, lengths, _ = batch(SHAPES[5], 5)
+    y, _ = run(x * torch.nan, lengths)
+    run.discard = True
+    y.sum().backward()
+    for p, grad in zip(encoder.parameters(), before, strict=True):
+        assert torch.equal(p.grad, grad)
+
+
+def test_graphs_beyond_the_limit_run_without():
+    ours, theirs = make_encoder(), make_encoder()
+    run = graphs.TrainingGraphs(ours, ours.parameters(), limit=1)
+    for i in range(len(SHAPES)):
+        for module, r in ((ours, run), (theirs, theirs)):
+            learn(module, r, i, enabled=False)
+    assert len(run.graphs) == 1
+    assert_same_gradients(ours, theirs, 1e-4)
+
+
+def test_compiled_layers_learn_the_same():
+    ours, theirs = make_encoder(), make_encoder()
+    graphs.compile_layers(ours)
+    run = graphs.TrainingGraphs(ours, ours.parameters())
+    for i in range(4):
+        for module, r in ((ours, run), (theirs, theirs)):
+            learn(module, r, i, enabled=False)
+    assert_same_gradients(ours, theirs, 1e-4)
