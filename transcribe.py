@@ -13,7 +13,8 @@ from tqdm import tqdm
 from inference import Recognizer
 from inference.formats import FORMATS
 from inference.jobs import STDIN, find, jobs_of, write
-from inference.recognizer import check_batch_size, check_chunk
+from inference.recognizer import check_batch_size
+from inference.windows import limits
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -29,7 +30,7 @@ DIR is a package: python package.py OUTPUT_FOLDER --output DIR makes one from a 
 
 wav, flac, mp3, ogg and opus of any sample rate and any channels; m4a, mp4, webm and what else
 FFmpeg reads after `pip install av`. A folder is searched through, and its layout kept below
---output-dir. Recordings of hours need no more memory than --batch-size windows of --chunk-seconds.
+--output-dir. Recordings of hours are heard in windows, --batch-size at a time, in bounded memory.
 
 On stdout a recording's text is a line, after its path and a tab when there are several; json is
 a line a recording, with its path as "file". srt, vtt and tsv of several need --output-dir.
@@ -64,9 +65,10 @@ def parser():
     p.add_argument(
         "--chunk-seconds",
         type=float,
-        default=40,
         metavar="S",
-        help="longer recordings are heard in windows of S, cut at silences; 0: in one piece (40)",
+        help="longer recordings are heard in windows of S, cut at silences; 0: all in one piece "
+        "(left out: in one piece up to the longest utterance that training and test stage met, "
+        "longer ones in windows as long as the training's utterances)",
     )
     p.add_argument("--overwrite", action="store_true", help="replace files in --output-dir")
     return p
@@ -92,7 +94,7 @@ def main():
 def run(arguments, stdin):
     """Transcribe; returns the number of recordings that could not be used."""
     check_batch_size(arguments.batch_size)
-    check_chunk(arguments.chunk_seconds)
+    limits(arguments.chunk_seconds)
     if arguments.word_timestamps and arguments.format == "txt":
         raise UserError("--word-timestamps: txt has no times; give --format json, srt, vtt or tsv")
     found = find(arguments.inputs, stdin)

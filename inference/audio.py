@@ -65,7 +65,7 @@ def resampled(blocks, rate, target_rate):
     """Blocks (N,) at `rate` -> the same sound at `target_rate`, as if it were one block.
 
     Each block is resampled with what stands before and after it, as far as the filter reaches. The
-    ratio is one of numbers up to 1000: exact for all usual rates, else wrong by a millionth.
+    ratio is one of numbers up to 1000: exact for all usual rates, else wrong by a few millionths.
     """
     ratio = Fraction(target_rate, rate).limit_denominator(1000)
     if ratio == 1:

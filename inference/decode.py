@@ -21,6 +21,8 @@ def open_file(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
+    if not path.stat().st_size:
+        raise UserError(f"{path} is empty, 0 bytes; give a recording")
     try:
         with sf.SoundFile(path) as file:
             rate, seconds = file.samplerate, file.frames / file.samplerate

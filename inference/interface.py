@@ -18,7 +18,13 @@ class Interface(Pretrained):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.recognizer = Recognizer(self.hparams.parts, self.hparams.sample_rate, self.device)
+        self.recognizer = Recognizer(
+            self.hparams.parts,
+            self.hparams.sample_rate,
+            self.device,
+            self.hparams.whole_seconds,
+            self.hparams.window_seconds,
+        )
 
     def transcribe_file(self, path):
         """The text of an audio file of any rate and number of channels."""

@@ -1,6 +1,8 @@
 """A training's output folder to a package: one folder with all that transcribing needs."""
 
+import csv
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ from inference.recognizer import Recognizer
 from inference.resolved import Resolved, configuration
 from inference.snapshot import ROOT, copy_code
 from inference.speechbrain_parts import hyperparams
+from inference.windows import SHORTEST
 from modules.checkpoints import average, best, list_checkpoints, newest, resumable
 from modules.errors import UserError
 
@@ -27,7 +30,7 @@ def package(run, output, overwrite=False, use_lm=True):
     check_run(run)
     check_output(output, overwrite)
     resolved = Resolved(run / "hyperparams.yaml")
-    config = configuration(resolved, use_lm)
+    config = configuration(resolved, use_lm) | heard_lengths(run, resolved)
     found = checkpoints(run, resolved)
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = output.with_name(f".{output.name}.partial-{os.getpid()}")
@@ -62,6 +65,34 @@ def check_output(output, overwrite):
         raise UserError(f"{output} exists; give --overwrite, or another --output")
     if not (output / "config.json").is_file():
         raise UserError(f"{output} is no package, so it is not overwritten; give another --output")
+
+
+def heard_lengths(run, resolved):
+    """How long the utterances were that the run met, seconds, rounded up.
+
+    whole_seconds : the longest of all, the test sets' included: it is transcribed as in the test
+    stage; window_seconds : the 95th percentile in training, what long recordings are cut to, for
+    a model hears badly what is much longer than all that it has learnt from.
+    Without manifests: nothing, and the recogniser's own numbers hold.
+    """
+    train = durations(run / "train.csv")
+    if not train:
+        return {}
+    splits = [*resolved.value("dev_splits"), *resolved.value("test_splits")]
+    longest = max(train[-1:] + [x for name in splits for x in durations(run / f"{name}.csv")])
+    return {
+        "whole_seconds": max(SHORTEST, math.ceil(longest)),
+        "window_seconds": max(SHORTEST, math.ceil(train[int(0.95 * len(train))])),
+    }
+
+
+def durations(manifest):
+    """The lengths of a manifest's utterances, ascending; none where there is no such file."""
+    try:
+        with open(manifest, encoding="utf-8", newline="") as file:
+            return sorted(float(row["duration"]) for row in csv.DictReader(file))
+    except FileNotFoundError:
+        return []
 
 
 def checkpoints(run, resolved):

@@ -12,7 +12,7 @@ from inference.audio import open_audio, read
 from inference.files import load_parts, model_of, read_config
 from inference.parts import build_parts
 from inference.transcript import Result, transcript_of
-from inference.windows import join, moved, windows
+from inference.windows import WHOLE, WINDOW, join, limits, moved, windows
 from modules.errors import UserError
 from modules.launch import best_device, check_device
 from modules.lengths import relative
@@ -27,8 +27,9 @@ class Recognizer:
     weights are read as tensors alone, so that a package runs no code of its own.
     """
 
-    def __init__(self, parts, sample_rate, device):
+    def __init__(self, parts, sample_rate, device, whole_seconds=WHOLE, window_seconds=WINDOW):
         self.sample_rate, self.device = sample_rate, torch.device(device)
+        self.whole_seconds, self.window_seconds = whole_seconds, window_seconds
         self.features = parts["features"].eval().to(self.device)
         self.normalize = parts["normalize"].eval().to(self.device)
         self.model = model_of(parts).eval().requires_grad_(False).to(self.device)
@@ -51,17 +52,23 @@ class Recognizer:
         device = best_device() if device == "auto" else check_device(device)
         config = read_config(folder / "config.json")
         change_search(config["parts"], beam_size, lm, lm_weight)
-        parts = build_parts(config["parts"])
+        try:
+            parts = build_parts(config["parts"])
+        except OSError as error:  # no part but an n-gram reads a file
+            raise UserError(f"lm={lm} is no n-gram that KenLM reads: {error}") from None
         load_parts(parts, config, folder)
-        return cls(parts, config["sample_rate"], device)
+        known = {k: config[k] for k in ("whole_seconds", "window_seconds") if k in config}
+        return cls(parts, config["sample_rate"], device, **known)
 
-    def transcribe(self, audio, sample_rate=None, batch_size=16, chunk_seconds=40):
+    def transcribe(self, audio, sample_rate=None, batch_size=16, chunk_seconds=None):
         """Transcribe a path, a 1-D array or tensor of `sample_rate` Hz, or a list of these.
 
         Files bring their own rate. Any rate and number of channels will do. Of a list, batches of
         up to `batch_size` recordings of similar length are computed together; each gets the text
         that it gets alone. What is longer than `chunk_seconds` is heard in windows of at most that
-        length, cut at silences, `batch_size` at a time; 0: all in one piece.
+        length, cut at silences, `batch_size` at a time; 0: all in one piece. None: in one piece
+        up to the longest utterance that training and test stage met, longer recordings in windows
+        as long as the utterances of the training.
         Returns a Transcript, or a list of them in the order of `audio`.
         """
         if not isinstance(audio, list | tuple):
@@ -74,7 +81,7 @@ class Recognizer:
         return [found[i] for i in range(len(audio))]
 
     def transcribe_files(
-        self, paths, batch_size=16, chunk_seconds=40, in_order=True, progress=None
+        self, paths, batch_size=16, chunk_seconds=None, in_order=True, progress=None
     ):
         """Transcribe any number of files: yields a Result for each.
 
@@ -102,22 +109,23 @@ class Recognizer:
     def _outcomes(self, audio, sample_rate, batch_size, chunk_seconds, progress=None):
         """Yield (index, Transcript or UserError), the longest first."""
         check_batch_size(batch_size)
-        limit = check_chunk(chunk_seconds)
+        limit, window = limits(chunk_seconds, self.whole_seconds, self.window_seconds)
         recordings = {}
         for i, a in enumerate(audio):
             try:
                 recordings[i] = open_audio(a, sample_rate)
             except UserError as error:
                 yield i, error
-        length = {i: limit + 1 if r.seconds is None else r.seconds for i, r in recordings.items()}
+        # Of unknown length: bounded memory, whatever comes.
+        length = {i: r.seconds or float("inf") for i, r in recordings.items()}
         # The longest first: what does not fit into memory fails at once.
         order = sorted(recordings, key=lambda i: -length[i])
-        for i in [i for i in order if length[i] > limit]:
+        short = [i for i in order if window is None or length[i] <= limit]
+        for i in order[: len(order) - len(short)]:
             try:
-                yield i, self._hear_long(recordings[i], batch_size, limit, progress)
+                yield i, self._hear_long(recordings[i], batch_size, window, progress)
             except UserError as error:
                 yield i, error
-        short = [i for i in order if length[i] <= limit]
         for start in range(0, len(short), batch_size):
             chosen = {i: recordings[i] for i in short[start : start + batch_size]}
             yield from self._hear_batch(chosen)
@@ -138,15 +146,15 @@ class Recognizer:
         for (i, x), words in zip(signals.items(), heard, strict=True):
             yield i, transcript_of(words, len(x) / self.sample_rate)
 
-    def _hear_long(self, recording, batch_size, chunk_seconds, progress):
+    def _hear_long(self, recording, batch_size, window, progress):
         """A recording in windows -> Transcript; a batch of windows is in memory, no more."""
         rate, words, end = self.sample_rate, [], 0.0
-        source = windows(read(recording, rate), int(chunk_seconds * rate), rate)
+        source = windows(read(recording, rate), int(window * rate), rate)
         while batch := list(islice(source, batch_size)):
             heard = self.words([w.x for w in batch])
-            for window, new in zip(batch, heard, strict=True):
-                start, end = window.start / rate, (window.start + len(window.x)) / rate
-                words = join(words, moved(new, start), start, start + window.overlap / rate)
+            for piece, new in zip(batch, heard, strict=True):
+                start, end = piece.start / rate, (piece.start + len(piece.x)) / rate
+                words = join(words, moved(new, start), start, start + piece.overlap / rate)
             if progress is not None:
                 progress(recording.name, end, recording.seconds)
         return transcript_of(words, end)
@@ -215,13 +223,3 @@ def check_batch_size(batch_size):
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
     return batch_size
-
-
-def check_chunk(seconds):
-    """The length from which on a recording is cut."""
-    if seconds and seconds < 5:
-        raise UserError(
-            f"chunk_seconds={seconds} is too short to hear words in; give 5 or more, or 0 for one "
-            "piece"
-        )
-    return seconds or float("inf")

@@ -11,6 +11,7 @@ from torch import nn
 
 from inference.files import add_language_model, load_statistics, load_weights, model_of
 from inference.recognizer import Recognizer
+from inference.windows import WHOLE, WINDOW
 from modules.lengths import absolute, zero_padding
 from modules.search.ctc import forbid
 from modules.search.ctc_beam import ctc_beam
@@ -27,6 +28,8 @@ def hyperparams(config):
     lines = [
         "# For SpeechBrain; made from config.json, which Recognizer reads.",
         f"sample_rate: {config['sample_rate']}",
+        f"whole_seconds: {config.get('whole_seconds', WHOLE)}",
+        f"window_seconds: {config.get('window_seconds', WINDOW)}",
         "parts: !apply:inference.parts.build_parts",
         f"    config: {json.dumps(config['parts'], ensure_ascii=False)}",
         *new("encoder", "Encoder"),

@@ -9,12 +9,34 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from modules.errors import UserError
+
+WHOLE = 40  # s of a recording that is heard in one piece, and
+WINDOW = 30  # s of longer ones' windows, for a package that does not tell what its training heard
+SHORTEST = 2  # s of a window
 STEP = 0.01  # s, of the loudness
 SILENCE = 0.2  # s that are silent around a cut
 DROP = 20.0  # dB that silence lies under speech
 LOWEST = 1e-4  # of full scale: what is quieter is silent, however soft the speech
-OVERLAP = 5.0  # s where there is no silence, at most a quarter of the window
-SAME = 0.5  # s by which two windows' times of one word may differ
+OVERLAP = (1.0, 5.0)  # s where there is no silence: a quarter of the window, in these limits
+SAME = 0.25  # s by which two windows' times of one word may differ
+
+
+def limits(chunk_seconds, whole_seconds=WHOLE, window_seconds=WINDOW):
+    """The longest recording that is heard in one piece, and the window of longer ones, seconds.
+
+    chunk_seconds: both of these; 0: all in one piece; None: the other two numbers.
+    """
+    if chunk_seconds is None:
+        return max(whole_seconds, window_seconds), window_seconds
+    if chunk_seconds == 0:
+        return float("inf"), None
+    if chunk_seconds < SHORTEST:
+        raise UserError(
+            f"chunk_seconds={chunk_seconds} is too short to hear words in; give {SHORTEST} or "
+            "more, or 0 for one piece"
+        )
+    return chunk_seconds, chunk_seconds
 
 
 @dataclass(frozen=True)
@@ -47,7 +69,7 @@ def windows(blocks, size, rate):
 def cut(x, rate):
     """Where a window ends, and how much of it the next one hears again, in samples.
 
-    x (N,): all that the window may hold. In its last third the quietest place is looked for.
+    x (N,): all that the window may hold. In its later half the quietest place is looked for.
     """
     step = int(STEP * rate)
     frames = x[: len(x) // step * step].view(-1, step)
@@ -57,11 +79,12 @@ def cut(x, rate):
         width = int(SILENCE / STEP)
         # The loudest of every `width` frames: a place is as quiet as all around it.
         around = F.max_pool1d(loudness[None, None], width, stride=1)[0, 0]
-        first = len(around) * 2 // 3
+        first = len(around) // 2
         place = first + around[first:].argmin().item()
         if around[place] <= limit:
             return (place + width // 2) * step, 0
-    return len(x), min(int(OVERLAP * rate), len(x) // 4)
+    least, most = (int(s * rate) for s in OVERLAP)
+    return len(x), min(max(len(x) // 4, least), most)
 
 
 def join(before, after, start, end):
