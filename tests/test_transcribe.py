@@ -29,6 +29,11 @@ LEARNS = {
     "speeds": "[100]",
     "fea_augment": "{augment_prob: 0.0}",
 }
+LEARNS_S2S = {k: v for k, v in LEARNS.items() if k != "lr_model"} | {
+    "number_of_epochs": 16,
+    "lr_adam": 1.0e-2,
+    "test_beam_size": 4,
+}
 SENTENCES = ["ABE BEAD CAB", "DEAF FACE", "BED CAB BEAD", "FACE BED ABE", "CAB DEAF", "BEAD ABE"]
 
 
@@ -42,9 +47,9 @@ def ctc(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def s2s(tmp_path_factory):
-    """A package that writes something."""
+    """A package with a decoder that hears."""
     folder = tmp_path_factory.mktemp("s2s")
-    runs.train("S2S/conmambamamba_tiny.yaml", folder / "run", number_of_epochs=2)
+    runs.train("S2S/conmambamamba_tiny.yaml", folder / "run", **LEARNS_S2S)
     return package(folder / "run", folder / "package")
 
 
@@ -87,13 +92,15 @@ def call(monkeypatch, capsys, *arguments, status=0, stdin=b""):
 # ---- Words ----
 
 
-def test_words_have_times_and_confidences(recognizer):
+@pytest.mark.parametrize("kind", ["ctc", "s2s"])
+def test_words_have_times_and_confidences(kind, request):
+    recognizer = Recognizer.from_folder(request.getfixturevalue(kind), device="cpu")
     text = SENTENCES[0]
-    transcript = recognizer.transcribe(said(text, before=0.5), RATE)
+    transcript = recognizer.transcribe(said(text, before=0.3), RATE)
     assert transcript.text == text == " ".join(w.text for w in transcript.words)
     place = 0
     for word in transcript.words:
-        start = 0.5 + 0.12 * place
+        start = 0.3 + 0.12 * place
         place += len(word.text) + 1
         assert word.start == pytest.approx(start, abs=0.1)
         assert word.end == pytest.approx(start + 0.12 * len(word.text), abs=0.1)
