@@ -1,7 +1,6 @@
 """ASRBrain: what training with CTC and with S2S have in common."""
 
 import logging
-import math
 import os
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from modules.lengths import absolute, relative
 from modules.loggers import make_loggers
 from modules.losses import too_few_frames
 from modules.nonfinite import FiniteBrain
-from modules.optimizers import advance_before_steps, clip_all_groups, fused, parameter_groups
+from modules.optimizers import advance_before_steps, fused, parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -143,18 +142,19 @@ class ASRBrain(FiniteBrain):
         if self.graphs is not None:
             self.graphs.discard = not self.batches[-1][0]
 
+    def gradients(self):
+        """All gradients; of a step by graphs they lie in one tensor."""
+        together = self.graphs is not None and self.graphs.attached()
+        return [self.graphs.flat] if together else super().gradients()
+
     def init_optimizers(self):
-        """Two parameter groups, with and without weight decay; clipping and rate for both."""
+        """Two parameter groups, with and without weight decay; one schedule for both."""
         weight_decay = getattr(self.hparams, "weight_decay", 0.0)
         opt_class = fused(self.opt_class, self.device, self.scaler)
         self.optimizer = opt_class(parameter_groups(self.modules, weight_decay))
         self.optimizers_dict = {"optimizer": self.optimizer}
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("optimizer", self.optimizer)
-        # SpeechBrain clips the first group alone; infinity makes that step do nothing.
-        if self.max_grad_norm > 0:
-            clip_all_groups(self.optimizer, self.max_grad_norm)
-        self.max_grad_norm = math.inf
         advance_before_steps(self.hparams.lr_scheduler, self.optimizer)
 
     def fit_batch(self, batch):

@@ -36,7 +36,7 @@ class TrainingGraphs:
         self.network, self.limit = network, limit
         self.parameters = [p for p in parameters if p.requires_grad]
         self.graphs, self.seen = {}, set()
-        self.gradients, self.anchor = None, None
+        self.flat, self.gradients, self.anchor = None, None, None
         self.pool, self.ends = torch.cuda.graph_pool_handle(), {}
         self.discard = False  # of a batch whose loss is not finite nothing is learnt
         self.seconds = 0.0
@@ -50,12 +50,13 @@ class TrainingGraphs:
                 self.seen.add(shape)
                 return self.network(*inputs)
             self.graphs[shape] = self._record(inputs)
+        self.attach()
         return _Replay.apply(self.anchor, self, self.graphs[shape], *inputs)
 
     def _record(self, inputs):
         started = time.perf_counter()
         if self.gradients is None:
-            self.gradients = [torch.zeros_like(p) for p in self.parameters]
+            self.flat, self.gradients = flat_gradients(self.parameters)
             # Tells autograd that the outputs can be differentiated.
             self.anchor = torch.zeros((), device=inputs[0].device, requires_grad=True)
         graph = _Graph(self, inputs)
@@ -71,16 +72,20 @@ class TrainingGraphs:
             self.ends[name] = memory = like.new_empty(room)
         return memory[: like.numel()].view(like.shape)
 
+    def attached(self):
+        """Whether the gradients are where the graphs add to them, in `flat`."""
+        return self.flat is not None and self.parameters[0].grad is self.gradients[0]
+
     def attach(self):
-        """Put the buffers that the graphs add to in the place of the parameters' gradients."""
-        missing = [
-            (p, g) for p, g in zip(self.parameters, self.gradients, strict=True) if p.grad is not g
-        ]
-        if not missing:
+        """Let the parameters' gradients be those that the graphs add to.
+
+        A step's end takes them away, and a batch without a graph may have brought others.
+        """
+        if self.attached():
             return
-        torch._foreach_zero_([g for _, g in missing])
-        for parameter, gradient in missing:
-            if parameter.grad is not None:  # of a batch without a graph
+        self.flat.zero_()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if parameter.grad is not None:
                 gradient.add_(parameter.grad)
             parameter.grad = gradient
 
@@ -123,8 +128,7 @@ class _Graph:
         learnt = [y for y in outputs if y.requires_grad]
         with torch.cuda.graph(self.backward, **options):
             given = torch.autograd.grad(learnt, parameters, self.doutputs, allow_unused=True)
-            used = [(g, d) for g, d in zip(gradients, given, strict=True) if d is not None]
-            torch._foreach_add_([g for g, _ in used], [d for _, d in used])
+            add_all(gradients, given)
 
 
 class _Replay(torch.autograd.Function):
@@ -143,11 +147,29 @@ class _Replay(torch.autograd.Function):
     def backward(ctx, *gradients):
         graphs, graph = ctx.graphs, ctx.graph
         if not graphs.discard:
-            graphs.attach()
             given = [g for g, learns in zip(gradients, graph.learns, strict=True) if learns]
             torch._foreach_copy_(graph.doutputs, given)
             graph.backward.replay()
         return (None,) * (3 + len(graph.inputs))
+
+
+def flat_gradients(parameters):
+    """One tensor of zeros, and a view of it like each of the parameters."""
+    # Kernels for many tensors at once want them aligned.
+    sizes = [p.numel() + -p.numel() % 64 for p in parameters]
+    flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+    parts = zip(flat.split(sizes), parameters, strict=True)
+    return flat, [part[: p.numel()].view(p.shape) for part, p in parts]
+
+
+def add_all(totals, shares):
+    """Add to each total its share, if it has one, in few launches."""
+    pairs = [(t, s) for t, s in zip(totals, shares, strict=True) if s is not None]
+    alike = [t.stride() == s.stride() for t, s in pairs]  # else all would be added one by one
+    for kind in (True, False):
+        chosen = [pair for pair, same in zip(pairs, alike, strict=True) if same == kind]
+        if chosen:
+            torch._foreach_add_([t for t, _ in chosen], [s for _, s in chosen])
 
 
 def _without_cast_cache(network):

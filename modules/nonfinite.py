@@ -5,9 +5,11 @@ import logging
 import speechbrain as sb
 import torch
 from speechbrain.utils.distributed import if_main_process
+from torch.nn.utils import get_total_norm
 
 from modules.checkpoints import newest
 from modules.errors import UserError
+from modules.optimizers import clip, gradients_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +81,18 @@ class FiniteBrain(sb.Brain):
     # ---- Steps ----
 
     def optimizers_step(self):
-        """SpeechBrain's, unless there is nothing finite to step on."""
+        """A step, unless there is nothing finite to step on.
+
+        SpeechBrain's clips the first group of parameters alone. Here one norm, over all of them,
+        serves the check and the clipping.
+        """
+        gradients, wrong = self.gradients(), False
+        if not self.scaler.is_enabled():  # else overflow is its business
+            norm = get_total_norm(gradients)
+            wrong = not norm.isfinite()
         dropped = sum(not finite for finite, _ in self.batches)
         kept = len(self.batches) - dropped
-        dropped, kept, wrong = self.sum_of_ranks(dropped, kept, self.gradients_are_wrong())
+        dropped, kept, wrong = self.sum_of_ranks(dropped, kept, wrong)
         skip = wrong > 0 or kept == 0
         if skip or dropped:
             self.skipped_batches += dropped + (kept if wrong else 0)
@@ -105,15 +115,19 @@ class FiniteBrain(sb.Brain):
             raise UserError(self.why_stop(ids))
         if skip:
             self.zero_grad(set_to_none=True)
-        else:
-            super().optimizers_step()
-
-    def gradients_are_wrong(self):
-        """Whether some gradient is not finite, where no scaler looks after that."""
+            return
         if self.scaler.is_enabled():
-            return False
-        gradients = [p.grad for p in self.modules.parameters() if p.grad is not None]
-        return not torch.nn.utils.get_total_norm(gradients).isfinite()
+            self.scaler.unscale_(self.optimizer)
+            norm = get_total_norm(gradients)
+        clip(gradients, norm, self.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.zero_grad(set_to_none=True)
+        self.optimizer_step += 1
+
+    def gradients(self):
+        """Tensors that hold all gradients of the step."""
+        return gradients_of(self.optimizer)
 
     def why_stop(self, ids):
         """What happened, where the last good weights are, and what to try."""

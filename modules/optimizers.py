@@ -3,6 +3,7 @@
 import inspect
 from functools import partial
 
+import torch
 from torch import nn
 
 # The frontend's LayerNorm runs over bins and channels: its weight has two dimensions.
@@ -35,25 +36,27 @@ def fused(opt_class, device, scaler):
 
     Not in fp16: there a hook of every step would run in the skipped steps as well.
     """
-    if device.type != "cuda" or scaler.is_enabled():
+    if torch.device(device).type != "cuda" or scaler.is_enabled():
         return opt_class
     if "fused" not in inspect.signature(opt_class).parameters:
         return opt_class
     return partial(opt_class, fused=True)
 
 
-def clip_all_groups(optimizer, max_norm):
-    """Before every step, scale the gradients so that their norm over all groups is `max_norm`.
+def gradients_of(optimizer):
+    """The gradients of all its groups; a parameter without one is left out."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return [p.grad for p in parameters if p.grad is not None]
 
-    SpeechBrain's `Brain.optimizers_step` clips the first group alone; give it
-    `max_grad_norm` infinity. Returns the handle that removes the hook.
+
+def clip(gradients, norm, max_norm):
+    """Scale gradients, of `norm` together, to `max_norm` if they have more; 0 is no limit.
+
+    As `torch.nn.utils.clip_grad_norm_`, with a norm that is known.
     """
-
-    def clip(optimizer, args, kwargs):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, max_norm)
-
-    return optimizer.register_step_pre_hook(clip)
+    if max_norm > 0 and gradients:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor)
 
 
 def advance_before_steps(schedule, optimizer):
