@@ -132,7 +132,8 @@ class ASRBrain(FiniteBrain):
         if not self.compile or self.compile_module_keys:
             super()._compile()
             return
-        compile_layers(self.modules.encoder)
+        names = [n for n in ("frontend", "encoder", "decoder") if n in self.modules]
+        compile_layers(*(getattr(self.modules[n], "module", self.modules[n]) for n in names))
         self.graphs = None
         if self.compile_mode == "reduce-overhead" and not self.distributed_launch:
             self.graphs = TrainingGraphs(self.network, self.hparams.model.parameters())

@@ -3,6 +3,7 @@
 import torch
 from speechbrain.lobes.features import Fbank
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 
 class Features(nn.Module):
@@ -21,8 +22,9 @@ class Features(nn.Module):
         Window and step, ms.
     n_mels : int
         Channels.
-    top_db : float
-        Dynamic range, dB.
+    top_db : float or None
+        Dynamic range, dB. None: unbounded, so that no frame depends on later ones and `advance`
+        can read an utterance in pieces.
     """
 
     def __init__(
@@ -39,15 +41,49 @@ class Features(nn.Module):
             n_mels=n_mels,
         )
         self.fbank.compute_fbanks.top_db = float("inf")
+        # `forward` pads: a piece of an utterance has samples, not zeros, beside it.
+        self.fbank.compute_STFT.center = False
+        self.n_fft = n_fft
 
     def forward(self, wavs, lengths):
         """wavs (B, N), zero past lengths (B,) in samples -> (B, T, n_mels), lengths in frames.
 
         An utterance of N samples has N // hop + 1 frames.
         """
-        x = self.fbank(wavs)
+        x = self.fbank(F.pad(wavs, (self.reach, self.reach)))
         lengths = torch.div(lengths, self.hop, rounding_mode="floor") + 1
         time = torch.arange(x.shape[1], device=x.device)
         padded = (time >= lengths.unsqueeze(1)).unsqueeze(2)
-        loudest = x.masked_fill(padded, float("-inf")).amax(dim=(1, 2), keepdim=True)
-        return torch.maximum(x, loudest - self.top_db).masked_fill(padded, 0.0), lengths
+        if self.top_db is not None:
+            loudest = x.masked_fill(padded, float("-inf")).amax(dim=(1, 2), keepdim=True)
+            x = torch.maximum(x, loudest - self.top_db)
+        return x.masked_fill(padded, 0.0), lengths
+
+    @property
+    def reach(self):
+        """Samples that a frame reads before and after its time."""
+        return self.n_fft // 2
+
+    def initial_state(self, batch_size):
+        """Zero samples (B, reach) before the first; ValueError unless `top_db` is None."""
+        if self.top_db is not None:
+            raise ValueError(
+                f"top_db={self.top_db} needs the loudest frame of all, which may be still to come; "
+                "use top_db=None"
+            )
+        return self.fbank.compute_STFT.window.new_zeros(batch_size, self.reach)
+
+    def advance(self, wavs, state, final=False):
+        """The next samples of utterances: wavs (B, N), state -> frames (B, T, n_mels), state.
+
+        Frames come once all samples that they read are there. final: the utterances end here.
+        """
+        x = torch.cat([state.to(wavs), wavs], dim=1)
+        if final:
+            x = F.pad(x, (0, self.reach))
+        frames = max(0, (x.shape[1] - self.n_fft) // self.hop + 1)
+        state = x[:, frames * self.hop :].clone()
+        if not frames:
+            n_mels = self.fbank.compute_fbanks.n_mels
+            return x.new_zeros(len(x), 0, n_mels), state
+        return self.fbank(x[:, : (frames - 1) * self.hop + self.n_fft]), state

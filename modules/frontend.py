@@ -63,10 +63,41 @@ class ConvFrontend(nn.Module):
         # Nothing valid reads the padding, but the weights' gradient does: 0 x NaN is NaN.
         x = zero_padding(x, lengths)
         for block in self.blocks.values():
-            x = reflect_bins(reflect_frames(x, lengths, self.reach), self.reach)
-            x = block(x)
+            x = block(reflect_bins(reflect_frames(x, lengths, self.reach), self.reach))
             lengths = torch.div(lengths - 1, self.stride, rounding_mode="floor") + 1
         return zero_padding(x.flatten(2), lengths), lengths
+
+    @property
+    def subsampling(self):
+        """Feature frames a frame of the result."""
+        return self.stride ** len(self.blocks)
+
+    @property
+    def lookahead(self):
+        """Feature frames that a frame of the result reads after its own time."""
+        return sum(self.reach * self.stride**i for i in range(len(self.blocks)))
+
+    def initial_state(self):
+        """The state before the first frame: of each block the frames it still reads, none yet."""
+        return [None] * len(self.blocks)
+
+    def advance(self, x, state, final=False):
+        """The next frames of utterances: x (B, T, n_mels), state -> (B, T', F'), state.
+
+        Frames come once all that they read are there. final: the utterances end here.
+        """
+        new_state = []
+        for block, held in zip(self.blocks.values(), state, strict=True):
+            x, held = self._advance(block, x, held, final)
+            new_state.append(held)
+        return x.flatten(2), new_state
+
+    def _advance(self, block, x, held, final):
+        """One block. held (B, n, ...): frames still read, None until the first can be reflected."""
+        begun = held is not None and held.begun
+        if held is not None:
+            x = torch.cat([held.frames, x], dim=1)
+        raise NotImplementedError
 
 
 def reflect_frames(x, lengths, reach):

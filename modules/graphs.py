@@ -196,9 +196,13 @@ def pad_to_few_shapes(x):
     return F.pad(x, [0, 0] * (x.dim() - 2) + [0, missing]) if missing else x
 
 
-def compile_layers(encoder):
-    """Compile an encoder's layer for batches of any size, once for all of its layers."""
+def compile_layers(*modules):
+    """Compile the layers of an encoder and a decoder, and other modules whole.
+
+    For batches of any size; what is compiled for one layer serves all that are like it.
+    """
     # With and without gradients, in each precision, for one utterance and for more.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    for layer in encoder.layers:
-        layer.compile(dynamic=True)
+    for module in modules:
+        for part in getattr(module, "layers", [module]):
+            part.compile(dynamic=True)

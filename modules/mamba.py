@@ -173,14 +173,15 @@ class BiMamba(nn.Module):
         x = bidirectional_conv1d(
             x, self._both("conv1d.weight").squeeze(2), self._both("conv1d.bias"), lengths
         )
-        ssm = self.forward_ssm
+        x_proj, dt_proj = self._projections()
+        rank, states = dt_proj.shape[2], self.forward_ssm.d_state
         flat = x.flatten(1, 2)  # (2, B T, d_inner): both directions in one product
         dt, B, C = (
-            torch.bmm(flat, self._both("x_proj.weight").transpose(1, 2))
+            torch.bmm(flat, x_proj.transpose(1, 2))
             .unflatten(1, x.shape[1:3])
-            .split([ssm.dt_rank, ssm.d_state, ssm.d_state], dim=-1)
+            .split([rank, states, states], dim=-1)
         )
-        dt = torch.bmm(dt.flatten(1, 2), self._both("dt_proj.weight").transpose(1, 2))
+        dt = torch.bmm(dt.flatten(1, 2), dt_proj.transpose(1, 2))
         y = bidirectional_scan(
             x,
             dt.view_as(x),
@@ -193,6 +194,20 @@ class BiMamba(nn.Module):
             lengths=lengths,
         )
         return self.out_proj(gated_mean(y, z)), None
+
+    def _projections(self):
+        """The weights (2, R + 2 N, d_inner) to dt, B and C, and (2, d_inner, R) from dt.
+
+        R is dt_rank, with zeros up to a multiple of eight, as tensor cores want it.
+        """
+        x_proj, dt_proj = self._both("x_proj.weight"), self._both("dt_proj.weight")
+        rank = dt_proj.shape[2]
+        spare = -rank % 8
+        if spare:
+            to_dt, to_rest = x_proj[:, :rank], x_proj[:, rank:]
+            x_proj = torch.cat([F.pad(to_dt, (0, 0, 0, spare)), to_rest], dim=1)
+            dt_proj = F.pad(dt_proj, (0, spare))
+        return x_proj, dt_proj
 
     def _both(self, name):
         """A parameter of both directions, stacked."""

@@ -3,7 +3,7 @@
 import torch
 
 from modules.ops import kernels
-from modules.ops.backends import Backends, Call
+from modules.ops.backends import OK, Backends, Call
 from modules.ops.causal_conv1d import cuda, naive, pytorch, triton
 
 # In the order in which "auto" tries them.
@@ -59,7 +59,10 @@ def causal_conv1d(
         initial_state=initial_state is not None,
         return_state=return_state,
     )
-    module = triton if kernels.traced(x) else _backends.pick(backend, call)
+    if kernels.traced(x):
+        module = triton if triton.supports(call) == OK else pytorch
+    else:
+        module = _backends.pick(backend, call)
     run = module.causal_conv1d
     if x.shape[1] == 0:
         shape = (x.shape[0], weight.shape[0], weight.shape[1] - 1)

@@ -30,7 +30,9 @@ def causal_conv1d(x, weight, bias, activation, lengths, reverse, initial_state, 
     taps = weight.flip(1) if reverse else weight  # the window starts at t either way
     with torch.autocast(x.device.type, enabled=False):
         if kernel <= SHIFT_MAX_KERNEL:
-            y = _ShiftedSum.apply(full, taps, bias)
+            # A compiler fuses the shifts, and traces the function's own gradient wrongly (2.11).
+            compiling = torch.compiler.is_compiling()
+            y = (_shifted_sum if compiling else _ShiftedSum.apply)(full, taps, bias)
         else:
             bias = None if bias is None else bias.to(x.dtype)
             taps = taps[:, None].to(x.dtype)
@@ -115,6 +117,16 @@ class _ShiftedSum(torch.autograd.Function):
             dweights[k] = product.sum((0, 1))
         dbias = None if ctx.bias_dtype is None else dy.sum((0, 1)).to(ctx.bias_dtype)
         return dfull.to(full.dtype), dweights.t().to(taps.dtype), dbias
+
+
+def _shifted_sum(full, taps, bias):
+    """As `_ShiftedSum`, with autograd's own gradient."""
+    dtype = _sum_dtype(full)
+    width = taps.shape[1]
+    frames = full.shape[1] - width + 1
+    inputs, weights = full.to(dtype), taps.to(dtype)
+    y = sum(inputs[:, k : k + frames] * weights[:, k] for k in range(width))
+    return (y if bias is None else y + bias.to(dtype)).to(full.dtype)
 
 
 def _sum_dtype(x):
