@@ -39,6 +39,7 @@ class ConvFrontend(nn.Module):
         # Named as in SpeechBrain's `ConvolutionFrontEnd`, so its weights fit.
         self.blocks = nn.ModuleDict()
         shape = (n_mels,)
+        self.shapes = [shape]  # of a frame before each block, and after the last
         for i, out_channels in enumerate(channels):
             self.blocks[f"convblock_{i}"] = ConvBlock(
                 num_layers=1,
@@ -53,6 +54,7 @@ class ConvFrontend(nn.Module):
                 padding="valid",
             )
             shape = ((shape[0] - 1) // stride + 1, out_channels)
+            self.shapes.append(shape)
 
     def forward(self, x, lengths):
         """Subsample.
@@ -77,9 +79,13 @@ class ConvFrontend(nn.Module):
         """Feature frames that a frame of the result reads after its own time."""
         return sum(self.reach * self.stride**i for i in range(len(self.blocks)))
 
-    def initial_state(self):
-        """The state before the first frame: of each block the frames it still reads, none yet."""
-        return [None] * len(self.blocks)
+    def initial_state(self, batch_size):
+        """The state before the first frame, a pair a block.
+
+        The frames (B, n, ...) that the block still reads, and whether they follow its first ones.
+        """
+        zeros = next(self.parameters()).new_zeros
+        return [(zeros(batch_size, 0, *shape), False) for shape in self.shapes[:-1]]
 
     def advance(self, x, state, final=False):
         """The next frames of utterances: x (B, T, n_mels), state -> (B, T', F'), state.
@@ -87,17 +93,23 @@ class ConvFrontend(nn.Module):
         Frames come once all that they read are there. final: the utterances end here.
         """
         new_state = []
-        for block, held in zip(self.blocks.values(), state, strict=True):
-            x, held = self._advance(block, x, held, final)
-            new_state.append(held)
+        for i, (block, (held, begun)) in enumerate(zip(self.blocks.values(), state, strict=True)):
+            x = torch.cat([held, x], dim=1)
+            if not begun and not final and x.shape[1] <= self.reach:  # too few to reflect
+                new_state.append((x, False))
+                x = x.new_zeros(len(x), 0, *self.shapes[i + 1])
+                continue
+            lengths = torch.full((len(x),), x.shape[1], device=x.device)
+            x = reflect_frames(x, lengths, self.reach)
+            x = x[:, self.reach if begun else 0 : None if final else x.shape[1] - self.reach]
+            frames = max(0, (x.shape[1] - 2 * self.reach - 1) // self.stride + 1)
+            new_state.append((x[:, frames * self.stride :].clone(), True))
+            if frames:
+                x = x[:, : (frames - 1) * self.stride + 2 * self.reach + 1]
+                x = block(reflect_bins(x, self.reach))
+            else:
+                x = x.new_zeros(len(x), 0, *self.shapes[i + 1])
         return x.flatten(2), new_state
-
-    def _advance(self, block, x, held, final):
-        """One block. held (B, n, ...): frames still read, None until the first can be reflected."""
-        begun = held is not None and held.begun
-        if held is not None:
-            x = torch.cat([held.frames, x], dim=1)
-        raise NotImplementedError
 
 
 def reflect_frames(x, lengths, reach):

@@ -33,6 +33,8 @@ WANTED = {
     "CTC/conmamba_small.yaml",
     "CTC/conformer_small.yaml",
     "CTC/conmamba_tiny.yaml",
+    "CTC/conmamba_causal_small.yaml",
+    "CTC/conmamba_causal_tiny.yaml",
     "CTC/conformer_tiny.yaml",
     "S2S/conmamba_tiny.yaml",
     "S2S/conmambamamba_tiny.yaml",
@@ -51,7 +53,7 @@ OLD_MAMBA_KEYS = {"d_state", "expand", "d_conv"}
 # What makes a variant: its mixer, its decoder, and how the published runs of that size differ.
 VARIANT_KEYS = (
     "output_folder encoder decoder activation decoder_activation nhead d_state expand d_conv "
-    "initialization scan_backend grad_accumulation_factor n_warmup_steps"
+    "initialization scan_backend grad_accumulation_factor n_warmup_steps top_db compute_features"
 )
 
 LOAD_ALL = """

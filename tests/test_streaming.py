@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_leaves
 from modules.attention import sine_encoding
 from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
 from modules.encoder import Encoder
+from modules.features import Features
+from modules.frontend import ConvFrontend
 from modules.mamba import Mamba
 
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they save
@@ -200,3 +202,40 @@ def test_positions_far_out_are_those_of_the_formula():
         encoding[5], sine_encoding(torch.arange(2990, 3010), 12, torch.float64)[10]
     )
     assert sine_encoding(positions, 7, torch.float32).shape == (7, 7)
+
+
+@pytest.mark.parametrize("kernel", [(3, 2, 2), (5, 2, 2), (3, 1, 1), (7, 3, 2)])
+@torch.no_grad()
+def test_frontend(kernel):
+    kernel_size, stride, blocks = kernel
+    frontend = ConvFrontend(13, [4] * blocks, kernel_size, stride).eval()
+    for frames in (*range(1, 14), 50):
+        x = torch.randn(2, frames, 13)
+        expected, _ = frontend(x, torch.tensor([frames, frames]))
+        for size in (1, 2, 3, 7, 100):
+            state, results = frontend.initial_state(2), []
+            for piece in x.split(size, dim=1):
+                y, state = frontend.advance(piece, state)
+                results.append(y)
+            # What has come is what does not read ahead.
+            ready = max(0, (frames - 1 - frontend.lookahead) // frontend.subsampling + 1)
+            assert sum(y.shape[1] for y in results) == ready or frames <= kernel_size
+            results.append(frontend.advance(x[:, :0], state, final=True)[0])
+            torch.testing.assert_close(torch.cat(results, dim=1), expected)
+
+
+@torch.no_grad()
+def test_features():
+    features = Features(n_fft=512, n_mels=13, top_db=None)
+    for samples in (1, 159, 160, 700):
+        x = 0.1 * torch.randn(2, samples)
+        expected, _ = features(x, torch.tensor([samples, samples]))
+        for size in (1, 37, 160, 1000):
+            state, results = features.initial_state(2), []
+            for piece in x.split(size, dim=1):
+                y, state = features.advance(piece, state)
+                results.append(y)
+            results.append(features.advance(x[:, :0], state, final=True)[0])
+            torch.testing.assert_close(torch.cat(results, dim=1), expected, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"top_db=80.0 needs the loudest frame"):
+        Features().initial_state(1)
