@@ -28,6 +28,12 @@ def align(tokens, log_probs, seconds_per_frame, duration, tokenizer):
         width = len(log_probs) / len(tokens)
         spans = [(i * width, (i + 1) * width, 0.0) for i in range(len(tokens))]
 
+    return timed_words(tokens, spans, seconds_per_frame, duration, tokenizer)
+
+
+def timed_words(tokens, spans, seconds_per_frame, duration, tokenizer):
+    """Tokens and their spans, (first frame, frame after the last, posterior) -> words."""
+
     def time(frame):
         return min(max((frame - 0.5) * seconds_per_frame, 0.0), duration)
 

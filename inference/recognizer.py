@@ -177,12 +177,16 @@ class Recognizer:
                 f"{len(signals)} pieces of up to {longest:.1f} s do not fit into the memory of "
                 f"{self.device}; give a smaller batch_size, or smaller chunk_seconds"
             ) from None
-        frontend = self.model["frontend"]
-        hop = self.features.hop * frontend.stride ** len(frontend.blocks) / self.sample_rate
+        hop = self.seconds_per_frame
         return [
             align(ids, y[:length], hop, len(s) / self.sample_rate, self.tokenizer)
             for ids, y, length, s in zip(tokens, log_probs, lengths.tolist(), signals, strict=True)
         ]
+
+    @property
+    def seconds_per_frame(self):
+        """From one frame of the encoder to the next."""
+        return self.features.hop * self.model["frontend"].subsampling / self.sample_rate
 
     def encode(self, wavs, lengths):
         """wavs (B, N), lengths (B,) in samples -> encoder output (B, T, D), lengths in frames."""

@@ -28,6 +28,26 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Final(Segment):
+    """A segment of a stream that will not change any more, with its words."""
+
+    words: tuple[Word, ...] = ()
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What a stream has said so far.
+
+    text, words : since the last final segment; more audio may still change their end.
+    finals : the segments that this audio made final, each given once.
+    """
+
+    text: str
+    words: tuple[Word, ...] = ()
+    finals: tuple[Final, ...] = ()
+
+
+@dataclass(frozen=True)
 class Transcript:
     """The words of one recording.
 

@@ -169,9 +169,12 @@ class Encoder(nn.Module):
         """Encode.
 
         x (B, T, input_size), lengths (B,) in frames -> (B, T, D), lengths; with a state also the
-        state after these frames. Frames past a length are zero.
+        state after these frames. Frames past a length are zero. A causal encoder takes None for
+        lengths where all frames count.
         """
-        x = self.input_layer(zero_padding(x, lengths))
+        if lengths is not None:
+            x = zero_padding(x, lengths)
+        x = self.input_layer(x)
         new_state = []
         for i, layer in enumerate(self.layers):
             carried = None if state is None else state[i]
@@ -180,5 +183,7 @@ class Encoder(nn.Module):
             else:
                 x, carried = layer(x, lengths, carried)
             new_state.append(carried)
-        x = zero_padding(self.norm(x), lengths)
+        x = self.norm(x)
+        if lengths is not None:
+            x = zero_padding(x, lengths)
         return (x, lengths) if state is None else (x, lengths, new_state)

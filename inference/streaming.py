@@ -1,0 +1,180 @@
+"""StreamingRecognizer: a causal model hears a stream as it comes, with state of constant size."""
+
+import torch
+
+from inference.audio import from_array
+from inference.recognizer import Recognizer
+from inference.segmenter import Segmenter
+from inference.transcript import Partial, transcript_of
+from modules.errors import UserError
+
+
+class StreamingCTC:
+    """Samples in pieces of any size -> the log-probabilities of one pass over all of them.
+
+    Its state is what features and frontend still read of the past, and the encoder's own.
+    UserError for a model that needs the future.
+    """
+
+    def __init__(self, recognizer):
+        check_causal(recognizer)
+        self.features, self.normalize = recognizer.features, recognizer.normalize
+        self.frontend, self.encoder = recognizer.model["frontend"], recognizer.model["encoder"]
+        self.head, self.device = recognizer.model["ctc_head"], recognizer.device
+        self.reset()
+
+    def reset(self):
+        """Before the first sample."""
+        self.state = [part.initial_state(1) for part in self.parts]
+
+    @property
+    def parts(self):
+        return self.features, self.frontend, self.encoder
+
+    @property
+    def lookahead(self):
+        """Samples that must follow the time of a frame before it is computed."""
+        return self.frontend.lookahead * self.features.hop + self.features.reach
+
+    @torch.inference_mode()
+    def advance(self, samples, final=False):
+        """samples (N,) -> log-probabilities (T, V) of the frames that they complete, on the CPU.
+
+        final: the utterance ends here.
+        """
+        features_state, frontend_state, state = self.state
+        x, features_state = self.features.advance(
+            samples.to(self.device).unsqueeze(0), features_state, final
+        )
+        if x.shape[1]:
+            x = self.normalize(x, torch.ones(1, device=self.device))
+        x, frontend_state = self.frontend.advance(x, frontend_state, final)
+        x, _, state = self.encoder(x, None, state)
+        self.state = [features_state, frontend_state, state]
+        return self.head(x).log_softmax(dim=-1)[0].cpu()
+
+
+def check_causal(recognizer):
+    """UserError naming the part of a model that needs the future."""
+    if not recognizer.model["encoder"].causal:
+        raise UserError(
+            "this model's encoder reads whole recordings, so it cannot stream; train "
+            "hparams/CTC/conmamba_causal_small.yaml, or use transcribe.py"
+        )
+    if recognizer.normalize.norm_type != "global":
+        raise UserError(
+            f"this model normalises features with norm_type={recognizer.normalize.norm_type}, "
+            "which needs the whole recording; train with norm_type: global"
+        )
+    if recognizer.features.top_db is not None:
+        raise UserError(
+            f"this model's features have top_db={recognizer.features.top_db}, which needs the "
+            "loudest frame of the whole recording; train with top_db: null in compute_features"
+        )
+
+
+class StreamingRecognizer:
+    """A packaged causal model that hears a stream.
+
+    Made by `StreamingRecognizer.from_folder`. Audio is computed in chunks of `chunk_seconds`, so
+    that the result does not depend on the packets it comes in.
+    """
+
+    def __init__(self, recognizer, chunk_seconds=0.32, endpoint_seconds=0.8, history=True):
+        self.ctc = StreamingCTC(recognizer)
+        self.sample_rate = recognizer.sample_rate
+        hop = recognizer.seconds_per_frame
+        if not chunk_seconds >= hop:
+            raise UserError(
+                f"chunk_seconds={chunk_seconds} is shorter than a frame of this model, {hop:g} s; "
+                "give 0.32, for instance"
+            )
+        self.segmenter = Segmenter(recognizer.tokenizer, hop, endpoint_seconds, history)
+        self.buffer = torch.zeros(round(chunk_seconds / hop) * round(hop * self.sample_rate))
+        for _ in range(2):  # the first calls of all are slow
+            self.ctc.advance(self.buffer)
+        self.reset()
+
+    @classmethod
+    def from_folder(
+        cls, folder, device="auto", chunk_seconds=0.32, endpoint_seconds=0.8, history=True
+    ):
+        """Load what package.py wrote; nothing is written and no network is used.
+
+        device: auto (the best present), cpu, cuda, cuda:N or mps.
+        chunk_seconds: what is computed at once, rounded to whole frames of the encoder.
+        endpoint_seconds: a pause that ends a segment; None: none does.
+        history: remember final segments for `finish`, some bytes a word. False for streams
+        without end: `finish` then gives what has not been final.
+        UserError for a package that is damaged or whose model is not causal.
+        """
+        recognizer = Recognizer.from_folder(folder, device)
+        return cls(recognizer, chunk_seconds, endpoint_seconds, history)
+
+    @property
+    def chunk_seconds(self):
+        return len(self.buffer) / self.sample_rate
+
+    @property
+    def lookahead_seconds(self):
+        """Audio that must follow a frame's time before the frame can be computed."""
+        return self.ctc.lookahead / self.sample_rate
+
+    def reset(self):
+        """Forget all that was pushed: a new utterance begins."""
+        self.ctc.reset()
+        self.segmenter.reset()
+        self.filled = self.heard = self.chunks = 0
+        self.partial = Partial("")
+
+    def push(self, samples, sample_rate=None):
+        """Hear the next samples, a 1-D array or tensor of any length -> Partial.
+
+        sample_rate: checked against the model's, if given.
+        UserError, and nothing is heard, for another rate, another shape or NaN.
+        """
+        x = self._checked(samples, sample_rate)
+        finals = []
+        while len(x):
+            room = self.buffer[self.filled :]
+            piece, x = x[: len(room)], x[len(room) :]
+            room[: len(piece)] = piece
+            self.filled += len(piece)
+            if self.filled == len(self.buffer):
+                finals += self._hear()
+        partial = self.partial
+        return Partial(partial.text, partial.words, tuple(finals)) if finals else partial
+
+    def finish(self):
+        """The stream ends here -> Transcript of it; then a new utterance begins.
+
+        Without history, the transcript of what has not been final.
+        """
+        if self.heard or self.filled:
+            self._hear(final=True)
+        duration = self.heard / self.sample_rate
+        transcript = transcript_of(self.segmenter.words(duration), duration)
+        self.reset()
+        return transcript
+
+    def _checked(self, samples, sample_rate):
+        if sample_rate is not None and sample_rate != self.sample_rate:
+            raise UserError(
+                f"sample_rate={sample_rate} is not this model's {self.sample_rate}; resample "
+                "before (stream.py does)"
+            )
+        x = from_array(samples, self.sample_rate)
+        if not torch.isfinite(x).all():
+            raise UserError("the samples are not finite; give finite ones")
+        return x
+
+    def _hear(self, final=False):
+        """Compute what the buffer holds -> the segments that end in it."""
+        log_probs = self.ctc.advance(self.buffer[: self.filled], final)
+        self.heard += self.filled
+        self.chunks += 1
+        self.filled = 0
+        finals = self.segmenter.hear(log_probs)
+        words = self.segmenter.partial()
+        self.partial = Partial(" ".join(w.text for w in words), tuple(words))
+        return finals
