@@ -98,10 +98,11 @@ def recipe_file(model, size, folder):
     return path
 
 
-def build(model, size, folder, device, precision="bf16", compile_mode=None):
+def build(model, size, folder, device, precision="bf16", compile_mode=None, overrides=()):
     """A Brain in training mode, ready for its first batch; augmentation is off.
 
     A step is an optimizer step. compile_mode: one of COMPILE_MODES, or None not to compile.
+    overrides: more options of the command line, "key=value".
     """
     path = recipe_file(model, size, folder)
     options = {
@@ -113,6 +114,7 @@ def build(model, size, folder, device, precision="bf16", compile_mode=None):
         "fea_augment": "{augment_prob: 0.0}",
     }
     arguments = [f"--{key}={value}" for key, value in options.items()]
+    arguments += [f"--{override}" for override in overrides]
     brain_class, attention_type = ASR, MODELS[model].get("speechbrain")
     if compile_mode and attention_type is None:
         arguments += ["--compile", f"--compile_mode={compile_mode}"]

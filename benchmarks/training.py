@@ -59,7 +59,9 @@ def measure_model(model, size, options):
     """Yield a row a batch."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         brain = measure.attempt(
-            build, model, size, folder, options.device, options.precision, options.compile
+            build,
+            *(model, size, folder, options.device, options.precision, options.compile),
+            options.override,
         )
         for number, seconds in options.batches:
             row = {"model": model, "size": size, "batch": f"{number}x{seconds:g}"}
@@ -104,6 +106,9 @@ def parse():
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--device", default=measure.best_device())
     parser.add_argument("--compile", choices=COMPILE_MODES, help="not the SpeechBrain baselines")
+    parser.add_argument(
+        "--override", nargs="+", default=[], metavar="KEY=VALUE", help="of the recipes' keys"
+    )
     parser.add_argument("--profile", metavar="FILE", help="write a profile of the first row here")
     return parser.parse_args()
 
@@ -133,6 +138,7 @@ def main():
         precision=options.precision,
         compile=options.compile,
         steps=options.steps,
+        override=options.override,
     )
 
 

@@ -12,9 +12,10 @@ from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.metric_stats import ErrorRateStats
 
 from modules.checkpoints import average, best, newest, resumable
+from modules.compilation import compile_layers
 from modules.data import WholeStepSampler
 from modules.errors import UserError
-from modules.graphs import TrainingGraphs, compile_layers, pad_to_few_shapes
+from modules.graphs import TrainingGraphs, pad_to_few_shapes
 from modules.lengths import absolute, relative
 from modules.loggers import make_loggers
 from modules.losses import too_few_frames

@@ -194,15 +194,3 @@ def pad_to_few_shapes(x):
         return x
     missing = -x.shape[1] % (FRAMES if x.dim() == 3 else TOKENS)
     return F.pad(x, [0, 0] * (x.dim() - 2) + [0, missing]) if missing else x
-
-
-def compile_layers(*modules):
-    """Compile the layers of an encoder and a decoder, and other modules whole.
-
-    For batches of any size; what is compiled for one layer serves all that are like it.
-    """
-    # With and without gradients, in each precision, for one utterance and for more.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    for module in modules:
-        for part in getattr(module, "layers", [module]):
-            part.compile(dynamic=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modules import graphs
+from modules.compilation import compile_layers
 from modules.encoder import Encoder
 from modules.mamba import BiMamba
 
@@ -87,7 +88,7 @@ def test_graphs_beyond_the_limit_run_without():
 
 def test_compiled_layers_learn_the_same():
     ours, theirs = make_encoder(), make_encoder()
-    graphs.compile_layers(ours)
+    compile_layers(ours)
     run = graphs.TrainingGraphs(ours, ours.parameters())
     for i in range(4):
         for module, r in ((ours, run), (theirs, theirs)):
