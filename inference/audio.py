@@ -12,7 +12,7 @@ from torchaudio.functional import resample
 from inference.decode import open_file
 from modules.errors import UserError
 
-BLOCK = 10  # s that are resampled at a time
+BLOCK = 10  # s that are resampled at a time, unless a stream wants less
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,12 @@ def read(recording, target_rate):
         raise UserError(f"{recording.name} holds no samples; give audio that is not empty")
 
 
-def resampled(blocks, rate, target_rate):
+def resampled(blocks, rate, target_rate, seconds=BLOCK):
     """Blocks (N,) at `rate` -> the same sound at `target_rate`, as if it were one block.
 
     Each block is resampled with what stands before and after it, as far as the filter reaches. The
     ratio is one of numbers up to 1000: exact for all usual rates, else wrong by a few millionths.
+    seconds: what is resampled at a time, the delay of a stream.
     """
     ratio = Fraction(target_rate, rate).limit_denominator(1000)
     if ratio == 1:
@@ -73,7 +74,8 @@ def resampled(blocks, rate, target_rate):
         return
     new, old = ratio.numerator, ratio.denominator
     context = -(-10 * max(1.0, old / new) // old) * old  # torchaudio's filter reaches 6 / 0.99
-    context, size = int(context), old * -(-BLOCK * rate // old)
+    context = int(context)
+    size = max(context, old * -(-int(seconds * rate) // old))
     before, buffer = torch.zeros(0), torch.zeros(0)
     for block in blocks:
         buffer = torch.cat([buffer, block])

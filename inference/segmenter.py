@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from inference.align import BLANK, timed_words, words_of
+from inference.align import BLANK, GAP, pieces, timed_words, words_of
 from inference.transcript import Final
 from modules.errors import UserError
 from modules.search.ctc import forbid
@@ -28,8 +28,8 @@ class Segmenter:
     tokenizer : CharacterTokenizer or SubwordTokenizer
     seconds_per_frame : float
     endpoint_seconds : float or None
-        Without a token for so long, and with at least one word before, a segment is final.
-        None: no pause ends a segment.
+        Without a token for so long, and with at least one word before, a segment is final; a
+        space is no token here. None: no pause ends a segment.
     history : bool
         Keep the tokens of final segments for `words`.
     """
@@ -45,11 +45,14 @@ class Segmenter:
             self.pause = max(1, round(endpoint_seconds / seconds_per_frame))
         self.longest = round(LONGEST / seconds_per_frame)
         self.history = [] if history else None
+        written = pieces(range(len(tokenizer)), tokenizer)
+        self.silent = {BLANK, *(i for i, p in enumerate(written) if not p.removeprefix(GAP))}
         self.reset()
 
     def reset(self):
         """Forget everything: a new utterance begins."""
         self.frame, self.last = 0, BLANK
+        self.spoken = 0  # frames up to the last one that is not silent
         self.tokens = []  # of the segment that is not final yet
         if self.history:
             self.history = []
@@ -63,6 +66,8 @@ class Segmenter:
                 self._add(token, min(posterior, 1.0))
             self.last = token
             self.frame += 1
+            if token not in self.silent:
+                self.spoken = self.frame
             finals += self._cut()
         return finals
 
@@ -83,7 +88,7 @@ class Segmenter:
             words = words_of([t.id for t in self.tokens], self.tokenizer)
             if len(words) > 1:
                 kept = words[-1][1][0]
-        elif self.frame - self.tokens[-1].end < self.pause:
+        elif self.frame - self.spoken < self.pause:
             return []
         ended, self.tokens = self.tokens[:kept], self.tokens[kept:]
         if self.history is not None:
