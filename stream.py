@@ -122,10 +122,9 @@ class Latency:
 
     def report(self, stream, seconds):
         """Lines for a user."""
-        lines = [
-            f"{seconds:.1f} s of audio, {self.total:.2f} s of compute: real-time factor "
-            f"{self.total / max(seconds, 1e-9):.3f}"
-        ]
+        lines = [f"{seconds:.1f} s of audio, {self.total:.2f} s of compute"]
+        if seconds:
+            lines[0] += f": real-time factor {self.total / seconds:.3f}"
         if self.chunks:
             points = torch.tensor([0.5, 0.95, 0.99, 1.0])
             p50, p95, p99, most = (torch.tensor(self.chunks).quantile(points) * 1000).tolist()

@@ -12,23 +12,18 @@ from torch.utils._pytree import tree_leaves
 
 from inference import Recognizer, StreamingRecognizer
 from inference.align import align
-from inference.package import package
 from inference.streaming import StreamingCTC
 from modules.errors import UserError
 from modules.search import ctc_greedy
-from tests.recipes import runs
-from tests.test_transcribe import LEARNS, RATE, SENTENCES, said
+from tests.recipes.causal import PAUSE, causal_package, speech
+from tests.test_transcribe import RATE, SENTENCES, said
 
-HEARS = LEARNS | {"number_of_epochs": 16}
 SIZES = [1, 37, 160, 5120, "random", "all"]
 
 
 @pytest.fixture(scope="module")
-def causal(tmp_path_factory):
-    """A package of a causal model that hears."""
-    folder = tmp_path_factory.mktemp("causal")
-    runs.train("CTC/conmamba_causal_tiny.yaml", folder / "run", **HEARS)
-    return package(folder / "run", folder / "package")
+def causal():
+    return causal_package()
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +47,6 @@ def packets(x, size):
     return [x[i : i + size] for i in range(0, len(x), size)]
 
 
-def speech(number=4, gap=0.6):
-    """Sentences with pauses, and their texts."""
-    texts = [SENTENCES[i % len(SENTENCES)] for i in range(number)]
-    parts = [said(t, after=gap, seed=i) for i, t in enumerate(texts)]
-    return np.concatenate(parts), texts
-
-
 @torch.no_grad()
 def one_pass(recognizer, x):
     """Log-probabilities (T, V) of all samples at once."""
@@ -75,7 +63,7 @@ def one_pass(recognizer, x):
 def test_log_probabilities_are_those_of_one_pass(whole, size, samples):
     if size == 1 and samples > 2000:
         samples = 2000  # a call a sample
-    x = speech()[0][:samples]
+    x = speech(4, gap=0.6)[0][:samples]
     ctc, results = StreamingCTC(whole), []
     for packet in packets(x, size):
         results.append(ctc.advance(torch.from_numpy(packet)))
@@ -89,7 +77,7 @@ def test_log_probabilities_are_those_of_one_pass(whole, size, samples):
 @pytest.mark.parametrize("chunk_seconds", [0.04, 0.32, 1.0])
 def test_tokens_are_those_of_one_pass(whole, chunk_seconds):
     stream = StreamingRecognizer(whole, chunk_seconds, endpoint_seconds=None)
-    x, texts = speech()
+    x, texts = speech(4, gap=0.6)
     log_probs = one_pass(whole, x)
     (tokens,) = ctc_greedy(log_probs[None], torch.tensor([len(log_probs)]))
     found = []
@@ -128,7 +116,7 @@ def test_the_transcript_is_the_recognizers(whole, stream, size):
 
 
 def test_partial_results_grow(stream):
-    x, texts = speech(1)
+    x, texts = speech(1, gap=0.6)
     seen = [stream.push(packet).text for packet in packets(x, 1600)]
     assert seen[0] == "" and seen[-1] == texts[0]
     assert all(b.startswith(a) for a, b in itertools.pairwise(seen))
@@ -138,7 +126,7 @@ def test_partial_results_grow(stream):
 @pytest.mark.parametrize("history", [True, False])
 def test_a_pause_makes_a_segment_final(whole, size, history):
     stream = StreamingRecognizer(whole, history=history)
-    x, texts = speech(3, gap=1.44)
+    x, texts = speech(3)
     finals = []
     for packet in packets(x, size):
         partial = stream.push(packet)
@@ -152,7 +140,7 @@ def test_a_pause_makes_a_segment_final(whole, size, history):
         assert final.start == pytest.approx(start, abs=0.15)
         assert final.end == pytest.approx(start + 0.12 * len(text), abs=0.15)
         assert " ".join(w.text for w in final.words) == text
-        start += 0.12 * len(text) + 1.44
+        start += 0.12 * len(text) + PAUSE
 
 
 def test_a_shorter_pause_ends_segments_when_asked(whole):
