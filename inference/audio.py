@@ -114,6 +114,7 @@ def as_tensor(audio):
     if not isinstance(audio, np.ndarray):
         raise UserError(f"audio of type {type(audio).__name__} is unknown; give a path or an array")
     try:
-        return torch.from_numpy(np.ascontiguousarray(audio))
+        # Writable, or PyTorch warns: of np.frombuffer it is not.
+        return torch.from_numpy(np.require(audio, requirements=["C", "W"]))
     except TypeError as error:
         raise UserError(f"audio of {audio.dtype} is unknown ({error})") from None

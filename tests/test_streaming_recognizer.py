@@ -255,8 +255,10 @@ def test_what_cannot_be_heard_is_an_error_and_changes_nothing(stream):
     assert stream.finish().text == SENTENCES[0]
 
 
+@pytest.mark.filterwarnings("error")
 def test_integers_are_scaled(stream):
-    stream.push((said(SENTENCES[0]) * 32767).astype(np.int16))
+    data = (said(SENTENCES[0]) * 32767).astype(np.int16).tobytes()
+    stream.push(np.frombuffer(data, dtype=np.int16))
     assert stream.finish().text == SENTENCES[0]
 
 
