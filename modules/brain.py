@@ -133,7 +133,7 @@ class ASRBrain(FiniteBrain):
         if not self.compile or self.compile_module_keys:
             super()._compile()
             return
-        names = [n for n in ("frontend", "encoder", "decoder") if n in self.modules]
+        names = [n for n in ("encoder", "decoder") if n in self.modules]
         compile_layers(*(getattr(self.modules[n], "module", self.modules[n]) for n in names))
         self.graphs = None
         if self.compile_mode == "reduce-overhead" and not self.distributed_launch:

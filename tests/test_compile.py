@@ -17,7 +17,6 @@ import torch
 from modules.compilation import compile_layers
 from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
 from modules.encoder import Encoder
-from modules.frontend import ConvFrontend
 from modules.mamba import BiMamba, Mamba
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +33,7 @@ def decoder(layer, **options):
 
 
 MODULES = {
-    "frontend": lambda: ConvFrontend(8, (4, 4), dropout=0.0),
     "conmamba": lambda: encoder(BiMamba),
-    "checkpoints": lambda: encoder(BiMamba, gradient_checkpointing=True),
     "causal": lambda: encoder(Mamba, causal=True),
     "transformer decoder": lambda: decoder(TransformerDecoderLayer, num_heads=2),
     "mamba decoder": lambda: decoder(MambaDecoderLayer, d_state=2),
