@@ -127,14 +127,12 @@ class ASRBrain(FiniteBrain):
     def _compile(self):
         """--compile: SpeechBrain's option, which here compiles the encoder layer by layer.
 
-        All layers share what is compiled for one. With --compile_mode reduce-overhead, its
-        default, a single process trains by CUDA graphs too.
+        With --compile_mode reduce-overhead a single process trains by CUDA graphs too.
         """
         if not self.compile or self.compile_module_keys:
             super()._compile()
             return
-        names = [n for n in ("encoder", "decoder") if n in self.modules]
-        compile_layers(*(getattr(self.modules[n], "module", self.modules[n]) for n in names))
+        compile_layers(self.modules.encoder)
         self.graphs = None
         if self.compile_mode == "reduce-overhead" and not self.distributed_launch:
             self.graphs = TrainingGraphs(self.network, self.hparams.model.parameters())

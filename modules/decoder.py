@@ -14,14 +14,7 @@ from modules.lengths import valid_frames, zero_padding
 from modules.mamba import Mamba
 
 
-class DecoderLayer(nn.Module):
-    """What training does with a layer: all tokens at once, (B, U, D) -> (B, U, D)."""
-
-    def forward(self, x, lengths, memory, memory_lengths):
-        return self.advance(x, lengths, self.start(memory, memory_lengths))[0]
-
-
-class MambaDecoderLayer(DecoderLayer):
+class MambaDecoderLayer(nn.Module):
     """x + Mamba(LN(x)); x + Mamba([memory; LN(x)]) at the tokens; x + FFN(LN(x)).
 
     Arguments
@@ -63,7 +56,7 @@ class MambaDecoderLayer(DecoderLayer):
         return x + self.ffn(self.ffn_norm(x)), (self_state, cross_state)
 
 
-class TransformerDecoderLayer(DecoderLayer):
+class TransformerDecoderLayer(nn.Module):
     """Pre-norm Transformer decoder layer (Vaswani et al. 2017) with a key and value cache.
 
     Arguments
@@ -144,12 +137,15 @@ class Decoder(nn.Module):
         are padded -> (B, U, D), state. Nothing here waits for the device.
         """
         position, layer_states = state
-        x = self._embed(tokens, position)
+        num_tokens = tokens.shape[1]
+        x = self.embedding(tokens) * self.embedding.embedding_dim**0.5
+        positions = position + torch.arange(num_tokens, device=tokens.device)
+        x = x + sine_encoding(positions, x.shape[-1], x.dtype)
         new_states = []
         for layer, layer_state in zip(self.layers, layer_states, strict=True):
             x, layer_state = layer.advance(x, lengths, layer_state)
             new_states.append(layer_state)
-        return self.norm(x), (position + tokens.shape[1], new_states)
+        return self.norm(x), (position + num_tokens, new_states)
 
     def forward(self, tokens, lengths, memory, memory_lengths):
         """Teacher forcing.
@@ -157,17 +153,8 @@ class Decoder(nn.Module):
         tokens (B, U), lengths (B,), memory (B, T, D), memory_lengths (B,) -> (B, U, D), lengths.
         Tokens past a length are zero.
         """
-        memory = zero_padding(memory, memory_lengths)
-        x = self._embed(tokens, 0)
-        for layer in self.layers:
-            x = layer(x, lengths, memory, memory_lengths)
-        return zero_padding(self.norm(x), lengths), lengths
-
-    def _embed(self, tokens, position):
-        """Tokens (B, U), the first at a position, to vectors (B, U, D)."""
-        x = self.embedding(tokens) * self.embedding.embedding_dim**0.5
-        positions = position + torch.arange(tokens.shape[1], device=tokens.device)
-        return x + sine_encoding(positions, x.shape[-1], x.dtype)
+        x, _ = self.advance(tokens, self.start(memory, memory_lengths), lengths)
+        return zero_padding(x, lengths), lengths
 
 
 def select_hypotheses(state, index):

@@ -29,8 +29,8 @@ RUN_OPTIONS = {
     n: v for n, v in RunOptions().as_dict().items() if n in HELP_TEXTS and n not in REPLACED_OPTIONS
 }
 HELP = HELP_TEXTS | {
-    "compile": "On CUDA: compile the encoder's layers, and train by CUDA graphs.",
-    "compile_mode": "default: without CUDA graphs; reduce-overhead: with them.",
+    "compile": "On CUDA: compile the encoder's layers with torch.compile.",
+    "compile_mode": "default, or reduce-overhead: train by CUDA graphs too (one GPU).",
 }
 LIST_OPTIONS = ("jit_module_keys", "compile_module_keys")
 PRECISIONS = ("fp32", "bf16", "fp16")

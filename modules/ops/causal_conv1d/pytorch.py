@@ -30,7 +30,7 @@ def causal_conv1d(x, weight, bias, activation, lengths, reverse, initial_state, 
     taps = weight.flip(1) if reverse else weight  # the window starts at t either way
     with torch.autocast(x.device.type, enabled=False):
         if kernel <= SHIFT_MAX_KERNEL:
-            # A compiler fuses the shifts, and traces the function's own gradient wrongly (2.11).
+            # A compiler fuses the shifts; TorchDynamo 2.11 would lose the function's gradient.
             compiling = torch.compiler.is_compiling()
             y = (_shifted_sum if compiling else _ShiftedSum.apply)(full, taps, bias)
         else:
