@@ -29,7 +29,9 @@ class TrainingGraphs:
     parameters : iterable
         What it learns.
     limit : int
-        Graphs, at most; other shapes run without one. All use the same memory.
+        Graphs, at most, and only while less than half of the device's memory is taken; other
+        shapes run without one. They share memory, but a larger shape fits into little of what
+        smaller ones left.
     """
 
     def __init__(self, network, parameters, limit=256):
@@ -46,12 +48,16 @@ class TrainingGraphs:
         shape = tuple(x.shape for x in inputs)
         self.discard = False
         if shape not in self.graphs:
-            if shape not in self.seen or len(self.graphs) == self.limit:
+            if shape not in self.seen or not self._room():
                 self.seen.add(shape)
                 return self.network(*inputs)
             self.graphs[shape] = self._record(inputs)
         self.attach()
         return _Replay.apply(self.anchor, self, self.graphs[shape], *inputs)
+
+    def _room(self):
+        total = torch.cuda.get_device_properties(self.parameters[0].device).total_memory
+        return len(self.graphs) < self.limit and torch.cuda.memory_reserved() < total / 2
 
     def _record(self, inputs):
         started = time.perf_counter()
