@@ -1,5 +1,6 @@
 """Mistakes on the command line: one clear line, status 2, and nothing lost."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from modules import launch
+from modules.errors import UserError
+from modules.options import read_options
 from tests.recipes import runs
 
 CTC = "CTC/conmamba_tiny.yaml"
@@ -142,6 +145,24 @@ def test_devices(fails, device, message, monkeypatch):
 def test_fp16_on_the_cpu(fails, key):
     message = f"{key}=fp16 does not run on the CPU; use --{key} bf16 or fp32"
     assert message in fails(CTC, **{key: "fp16"})
+
+
+def test_compiling_on_the_cpu(fails):
+    message = "--compile needs a CUDA device, and this run is on cpu; leave it out"
+    assert message in fails(CTC, "--compile")
+
+
+@pytest.mark.parametrize(
+    ("words", "backend", "message"),
+    [
+        (["--compile_mode", "max-autotune"], "auto", "compile_mode max-autotune is unknown here"),
+        ([], "chunked", "not with scan_backend=chunked"),
+    ],
+)
+def test_compiling_on_a_gpu(words, backend, message):
+    options, _ = read_options(["recipe.yaml", "--compile", *words], {})
+    with pytest.raises(UserError, match=message):
+        launch.check_compilation(dataclasses.replace(options, device="cuda"), backend)
 
 
 # ---- Data, tokens, model ----
