@@ -9,11 +9,22 @@ from speechbrain.utils.distributed import if_main_process
 
 from modules import launch
 from modules.data import eval_loader_options, hours, prepare_manifests, train_loader_options
+from modules.lock import FolderLock
 
 
 def run_recipe(argv, brain_class, dataio_prepare):
     """Run a recipe from its command line."""
     path, hparams, run_opts, overrides = launch.start(argv)
+    lock = FolderLock(hparams["output_folder"])
+    launch.on_main(lock.acquire)
+    try:
+        run(path, hparams, run_opts, overrides, brain_class, dataio_prepare)
+    finally:
+        lock.release()
+
+
+def run(path, hparams, run_opts, overrides, brain_class, dataio_prepare):
+    """Run a recipe in an output folder of its own."""
     # Its log is wanted from here on, its copy of the YAML file once nothing can be amiss.
     sb.create_experiment_directory(hparams["output_folder"])
     prepare_manifests(hparams)
