@@ -16,7 +16,8 @@ def run_recipe(argv, brain_class, dataio_prepare):
     """Run a recipe from its command line."""
     path, hparams, run_opts, overrides = launch.start(argv)
     lock = FolderLock(hparams["output_folder"])
-    launch.on_main(lock.acquire)
+    if not hparams["skip_train"]:  # an evaluation writes no checkpoints
+        launch.on_main(lock.acquire)
     try:
         run(path, hparams, run_opts, overrides, brain_class, dataio_prepare)
     finally:

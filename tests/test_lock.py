@@ -58,3 +58,8 @@ def test_a_training_does_not_start_beside_another(tmp_path, holder):
     # Reading the YAML file makes the empty folder of checkpoints.
     assert {p.name for p in tmp_path.iterdir()} == {".lock", ".lock_holder", "save"}
     assert not list((tmp_path / "save").iterdir())
+
+
+def test_an_evaluation_runs_beside_a_training(tmp_path, holder):
+    result = runs.run(runs.command(CTC, tmp_path, skip_train=True))
+    assert "there is no checkpoint" in result.stderr  # further than the lock
