@@ -8,7 +8,7 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from speechbrain.utils.checkpoints import ckpt_recency
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from speechbrain.utils.metric_stats import ErrorRateStats
 
 from modules.checkpoints import average, best, newest, resumable
@@ -16,6 +16,7 @@ from modules.compilation import compile_layers
 from modules.data import WholeStepSampler
 from modules.errors import UserError
 from modules.graphs import TrainingGraphs, pad_to_few_shapes
+from modules.launch import on_main
 from modules.lengths import absolute, relative
 from modules.loggers import make_loggers
 from modules.losses import too_few_frames
@@ -239,9 +240,19 @@ class ASRBrain(FiniteBrain):
     # ---- Continuing and evaluating ----
 
     def found_checkpoints(self):
-        """This run's checkpoints; those that `resume` names when it has none yet."""
-        found = self.checkpointer.list_checkpoints()
-        return resumable(self.hparams.resume) if self.hparams.resume and not found else found
+        """This run's whole checkpoints; those that `resume` names when it has none yet.
+
+        The same in every process, and so is a UserError.
+        """
+        found = []
+
+        def find():
+            found.extend(self.checkpointer.whole())
+            if self.hparams.resume and not found:
+                found.extend(resumable(self.hparams.resume))
+
+        on_main(find)
+        return ddp_broadcast(found)
 
     def check_start(self):
         """UserError when the checkpoint to go on from is missing, or of another model."""
@@ -267,6 +278,21 @@ class ASRBrain(FiniteBrain):
             start = newest(self.found_checkpoints())
             logger.info("Starting from %s", start.path)
             self.checkpointer.load_checkpoint(start)
+        self.check_space()
+
+    def check_space(self):
+        """UserError unless the disk takes all checkpoints that this run will have at a time."""
+        counter = self.hparams.epoch_counter
+        epochs = counter.limit - counter.current
+        if epochs <= 0:
+            return
+        # The best and the newest are kept, and one within an epoch; one more is being written.
+        within = self.ckpt_interval_minutes > 0 or self.ckpt_interval_steps > 0
+        most = 2 * self.hparams.avg_checkpoints + within + 1
+        copies = min(most - len(self.checkpointer.list_checkpoints()), epochs + within)
+        missing = self.checkpointer.space_missing(self.hparams.model, max(copies, 1))
+        if missing:
+            raise UserError(missing)
 
     def on_evaluate_start(self, max_key=None, min_key=None):
         """Load the average of the best checkpoints, once; nothing is written or deleted."""
