@@ -39,7 +39,9 @@ class FolderLock:
 
     def release(self):
         """Let others in; nothing if it was not acquired."""
-        self.lock.release()
+        if self.lock.is_locked:
+            self.holder.unlink(missing_ok=True)
+            self.lock.release()
 
     def _who(self):
         try:

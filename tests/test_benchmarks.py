@@ -48,12 +48,20 @@ def test_mixers():
 def test_training(tmp_path):
     models = ["conmamba", "conformer-rope", "speechbrain-relpos"]
     printed, _ = run("training.py", "--device=cpu", "--sizes=tiny", "--batches", "2x1",
-                     "--models", *models, "--steps=1", "--limit=0.1", "--compile",
+                     "--models", *models, "--steps=1", "--limit=0.1",
+                     "--override", "gradient_checkpointing=True",
                      "--profile", tmp_path / "profile.txt")  # fmt: skip
     rows = report_of(printed, "training")["rows"]
     assert [row["model"] for row in rows] == models
     assert all(row["batch"] == "2x1" and row["audio_s_per_s"] > 0 for row in rows)
     assert "aten::" in (tmp_path / "profile.txt").read_text()
+
+
+def test_what_cannot_be_compiled_is_a_row_with_the_reason():
+    printed, _ = run("training.py", "--device=cpu", "--sizes=tiny", "--batches", "2x1",
+                     "--models", "conmamba", "--compile=default")  # fmt: skip
+    (row,) = json.loads(printed[-1])["rows"]
+    assert "--compile needs a CUDA device" in row["error"]
 
 
 def test_inference():
