@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import signal
 import subprocess
 import sys
 
@@ -332,9 +333,11 @@ def test_interrupted_by_hand(tmp_path):
         text=True,
         cwd=runs.ROOT,
         env=runs.environment(),
+        # Whoever runs the tests in the background ignores it, and children would as well.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     runs.wait_for_epochs(tmp_path / "run", 1, process)
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted; run the same command again to continue" in err
