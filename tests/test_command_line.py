@@ -333,8 +333,7 @@ def test_interrupted_by_hand(tmp_path):
         text=True,
         cwd=runs.ROOT,
         env=runs.environment(),
-        # Whoever runs the tests in the background ignores it, and children would as well.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=runs.heed_interrupts,
     )
     runs.wait_for_epochs(tmp_path / "run", 1, process)
     process.send_signal(signal.SIGINT)

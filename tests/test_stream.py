@@ -93,6 +93,7 @@ def test_results_come_while_audio_comes_and_ctrl_c_ends_the_stream(causal):
         stderr=subprocess.PIPE,
         cwd=runs.ROOT,
         env=runs.environment(),
+        preexec_fn=runs.heed_interrupts,
     )
     with process:
         process.stdin.write(raw(np.concatenate([x, said(SENTENCES[1], after=0.24)])))

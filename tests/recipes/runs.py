@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -133,6 +134,11 @@ def torchrun(*options):
 def environment(**more):
     """One thread a process, no network, no leftover of a launcher."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+def heed_interrupts():
+    """For a child, before it starts: who is started in the background ignores them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(command, timeout=120, **more):
