@@ -40,6 +40,7 @@ class TrainingGraphs:
         self.graphs, self.seen = {}, set()
         self.flat, self.gradients, self.anchor = None, None, None
         self.pool, self.ends = torch.cuda.graph_pool_handle(), {}
+        self.stream = torch.cuda.Stream()  # one for all, as each costs a workspace
         self.discard = False  # of a batch whose loss is not finite nothing is learnt
         self.seconds = 0.0
 
@@ -114,7 +115,7 @@ class _Graph:
         network = _without_cast_cache(graphs.network)
         parameters, gradients = graphs.parameters, graphs.gradients
         self.inputs = [graphs.end(("input", i), x).copy_(x) for i, x in enumerate(inputs)]
-        stream = torch.cuda.Stream()
+        stream = graphs.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries settle here what they settle at first use
             outputs = network(*self.inputs)

@@ -126,10 +126,11 @@ def check_compilation(run_opts, scan_backend):
             f"--compile_mode {run_opts.compile_mode} is unknown here; use default, or "
             "reduce-overhead for CUDA graphs"
         )
+    scan_backend = os.environ.get("MAMBA_ASR_SCAN_BACKEND") or scan_backend
     if scan_backend not in ("auto", "triton"):
         raise UserError(
-            f"--compile goes with the triton kernels, not with scan_backend={scan_backend}; leave "
-            "out one of them"
+            f"--compile goes with the triton kernels, not with scan_backend={scan_backend} (or "
+            "MAMBA_ASR_SCAN_BACKEND); leave out one of them"
         )
 
 

@@ -160,10 +160,18 @@ def test_compiling_on_the_cpu(fails):
         ([], "chunked", "not with scan_backend=chunked"),
     ],
 )
-def test_compiling_on_a_gpu(words, backend, message):
+def test_compiling_on_a_gpu(words, backend, message, monkeypatch):
+    monkeypatch.delenv("MAMBA_ASR_SCAN_BACKEND", raising=False)
     options, _ = read_options(["recipe.yaml", "--compile", *words], {})
     with pytest.raises(UserError, match=message):
         launch.check_compilation(dataclasses.replace(options, device="cuda"), backend)
+
+
+def test_compiling_with_a_backend_from_the_environment(monkeypatch):
+    monkeypatch.setenv("MAMBA_ASR_SCAN_BACKEND", "naive")
+    options, _ = read_options(["recipe.yaml", "--compile"], {})
+    with pytest.raises(UserError, match="not with scan_backend=naive"):
+        launch.check_compilation(dataclasses.replace(options, device="cuda"), "auto")
 
 
 # ---- Data, tokens, model ----
