@@ -15,7 +15,7 @@ from modules.checkpoints import average, best, newest, resumable
 from modules.compilation import compile_layers
 from modules.data import WholeStepSampler
 from modules.errors import UserError
-from modules.graphs import TrainingGraphs, pad_to_few_shapes
+from modules.graphs import Graphs, TrainingGraphs, pad_to_few_shapes
 from modules.launch import on_main
 from modules.lengths import absolute, relative
 from modules.loggers import make_loggers
@@ -50,7 +50,7 @@ class ASRBrain(FiniteBrain):
         self.hparams.normalize.to(self.device)
         self.tokenizer = hparams["tokenizer"]
         self.loggers = make_loggers(hparams)
-        self.graphs = None
+        self.graphs = self.evaluation_graphs = None
         self.results = {}
 
     # ---- The network ----
@@ -69,6 +69,13 @@ class ASRBrain(FiniteBrain):
 
     def encode(self, features, lengths):
         """Features to encoder output: (B, T, D), lengths (B,) in frames."""
+        if self.evaluation_graphs is None or torch.is_grad_enabled():
+            return self.layers(features, lengths)
+        frames = -(-features.shape[1] // self.modules.frontend.subsampling)
+        x, lengths = self.evaluation_graphs(pad_to_few_shapes(features), lengths)
+        return x[:, :frames], lengths
+
+    def layers(self, features, lengths):
         return self.modules.encoder(*self.modules.frontend(features, lengths))
 
     def network(self, features, lengths):
@@ -135,8 +142,10 @@ class ASRBrain(FiniteBrain):
             return
         compile_layers(self.modules.encoder)
         self.graphs = None
-        if self.compile_mode == "reduce-overhead" and not self.distributed_launch:
-            self.graphs = TrainingGraphs(self.network, self.hparams.model.parameters())
+        if self.compile_mode == "reduce-overhead":
+            self.evaluation_graphs = Graphs(self.layers)
+            if not self.distributed_launch:
+                self.graphs = TrainingGraphs(self.network, self.hparams.model.parameters())
 
     def check_loss_isfinite(self, loss):
         super().check_loss_isfinite(loss)

@@ -1,4 +1,4 @@
-"""CUDA graphs of training: a network's forward pass is one launch, and its backward pass another.
+"""CUDA graphs: a network's forward pass is one launch, and in training its backward pass another.
 
 A small model's step is bound by its launches, a thousand and more of a few microseconds of work
 each. A batch of a shape that came before is recorded, and replayed from then on
@@ -16,59 +16,49 @@ logger = logging.getLogger(__name__)
 FRAMES, TOKENS = 64, 32  # batches' lengths are padded to multiples of these
 
 
-class TrainingGraphs:
-    """Runs a network on batches, from their second one of a shape on by a graph.
-
-    The gradients of its parameters appear in `grad` as if autograd had run. Between a call and its
-    backward pass there may be no other call. One process and one CUDA device.
+class Graphs:
+    """Runs a network on batches without gradients, from their second one of a shape on by a graph.
 
     Arguments
     ---------
     network : callable
         network(*tensors) -> a tuple of tensors. Must not wait for the device, nor look at it.
-    parameters : iterable
-        What it learns.
     limit : int
         Graphs, at most, and only while less than half of the device's memory is taken; other
         shapes run without one. They share memory, but a larger shape fits into little of what
         smaller ones left.
     """
 
-    def __init__(self, network, parameters, limit=256):
+    def __init__(self, network, limit=256):
         self.network, self.limit = network, limit
-        self.parameters = [p for p in parameters if p.requires_grad]
         self.graphs, self.seen = {}, set()
-        self.flat, self.gradients, self.anchor = None, None, None
         self.pool, self.ends = torch.cuda.graph_pool_handle(), {}
         self.stream = torch.cuda.Stream()  # one for all, as each costs a workspace
-        self.discard = False  # of a batch whose loss is not finite nothing is learnt
         self.seconds = 0.0
 
     def __call__(self, *inputs):
         """The network's outputs."""
         shape = tuple(x.shape for x in inputs)
-        self.discard = False
         if shape not in self.graphs:
-            if shape not in self.seen or not self._room():
+            if shape not in self.seen or not self._room(inputs[0].device):
                 self.seen.add(shape)
                 return self.network(*inputs)
-            self.graphs[shape] = self._record(inputs)
-        self.attach()
-        return _Replay.apply(self.anchor, self, self.graphs[shape], *inputs)
+            started = time.perf_counter()
+            self.graphs[shape] = self.record(inputs)
+            self.seconds += time.perf_counter() - started
+        return self.replay(self.graphs[shape], inputs)
 
-    def _room(self):
-        total = torch.cuda.get_device_properties(self.parameters[0].device).total_memory
+    def record(self, inputs):
+        return _ForwardGraph(self, inputs)
+
+    def replay(self, graph, inputs):
+        torch._foreach_copy_(graph.inputs, list(inputs))
+        graph.forward.replay()
+        return tuple(y.clone() for y in graph.outputs)  # the next batch overwrites them
+
+    def _room(self, device):
+        total = torch.cuda.get_device_properties(device).total_memory
         return len(self.graphs) < self.limit and torch.cuda.memory_reserved() < total / 2
-
-    def _record(self, inputs):
-        started = time.perf_counter()
-        if self.gradients is None:
-            self.flat, self.gradients = flat_gradients(self.parameters)
-            # Tells autograd that the outputs can be differentiated.
-            self.anchor = torch.zeros((), device=inputs[0].device, requires_grad=True)
-        graph = _Graph(self, inputs)
-        self.seconds += time.perf_counter() - started
-        return graph
 
     def end(self, name, like):
         """A tensor like another in the memory that a name stands for, whichever graph asks."""
@@ -78,6 +68,52 @@ class TrainingGraphs:
             room = like.numel() if memory is None else like.numel() * 3 // 2
             self.ends[name] = memory = like.new_empty(room)
         return memory[: like.numel()].view(like.shape)
+
+    def report(self):
+        """Say, once a graph has been made, what they took."""
+        if self.seconds:
+            logger.info(
+                "%d CUDA graphs of %d shapes of batches, recorded in %.1f s",
+                len(self.graphs),
+                len(self.seen),
+                self.seconds,
+            )
+            self.seconds = 0.0
+
+
+class TrainingGraphs(Graphs):
+    """Runs a network that learns, forward and backward.
+
+    The gradients of its parameters appear in `grad` as if autograd had run. Between a call and its
+    backward pass there may be no other call. One process and one CUDA device.
+
+    Arguments, besides those of `Graphs`
+    ---------
+    parameters : iterable
+        What the network learns.
+    """
+
+    def __init__(self, network, parameters, limit=256):
+        super().__init__(network, limit)
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.flat, self.gradients, self.anchor = None, None, None
+        self.discard = False  # of a batch whose loss is not finite nothing is learnt
+
+    def __call__(self, *inputs):
+        """The network's outputs."""
+        self.discard = False
+        return super().__call__(*inputs)
+
+    def record(self, inputs):
+        if self.gradients is None:
+            self.flat, self.gradients = flat_gradients(self.parameters)
+            # Tells autograd that the outputs can be differentiated.
+            self.anchor = torch.zeros((), device=inputs[0].device, requires_grad=True)
+        return _Graph(self, inputs)
+
+    def replay(self, graph, inputs):
+        self.attach()
+        return _Replay.apply(self.anchor, self, graph, *inputs)
 
     def attached(self):
         """Whether the gradients are where the graphs add to them, in `flat`."""
@@ -96,16 +132,23 @@ class TrainingGraphs:
                 gradient.add_(parameter.grad)
             parameter.grad = gradient
 
-    def report(self):
-        """Say, once a graph has been made, what they took."""
-        if self.seconds:
-            logger.info(
-                "%d CUDA graphs of %d shapes of batches, recorded in %.1f s",
-                len(self.graphs),
-                len(self.seen),
-                self.seconds,
-            )
-            self.seconds = 0.0
+
+class _ForwardGraph:
+    """A forward pass from and to the addresses of inputs and outputs."""
+
+    def __init__(self, graphs, inputs):
+        network = _without_cast_cache(graphs.network)
+        self.inputs = [graphs.end(("input", i), x).copy_(x) for i, x in enumerate(inputs)]
+        stream = graphs.stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries settle here what they settle at first use
+            outputs = network(*self.inputs)
+            self.outputs = [graphs.end(("output", i), y) for i, y in enumerate(outputs)]
+            del outputs
+        torch.cuda.current_stream().wait_stream(stream)
+        self.forward = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, **recording(graphs)):
+            torch._foreach_copy_(self.outputs, list(network(*self.inputs)))
 
 
 class _Graph:
@@ -127,8 +170,7 @@ class _Graph:
             del outputs, learnt
         torch.cuda.current_stream().wait_stream(stream)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads, of a data loader for instance, may allocate meanwhile.
-        options = {"stream": stream, "capture_error_mode": "thread_local", "pool": graphs.pool}
+        options = recording(graphs)
         with torch.cuda.graph(self.forward, **options):
             outputs = network(*self.inputs)
             torch._foreach_copy_(self.outputs, [y.detach() for y in outputs])
@@ -136,6 +178,11 @@ class _Graph:
         with torch.cuda.graph(self.backward, **options):
             given = torch.autograd.grad(learnt, parameters, self.doutputs, allow_unused=True)
             add_all(gradients, given)
+
+
+def recording(graphs):
+    """How a graph is recorded: other threads, of a data loader, say, may allocate meanwhile."""
+    return {"stream": graphs.stream, "capture_error_mode": "thread_local", "pool": graphs.pool}
 
 
 class _Replay(torch.autograd.Function):

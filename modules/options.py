@@ -30,7 +30,7 @@ RUN_OPTIONS = {
 }
 HELP = HELP_TEXTS | {
     "compile": "On CUDA: compile the encoder's layers with torch.compile.",
-    "compile_mode": "default, or reduce-overhead: train by CUDA graphs too (one GPU).",
+    "compile_mode": "default, or reduce-overhead: CUDA graphs too (training: one GPU).",
 }
 LIST_OPTIONS = ("jit_module_keys", "compile_module_keys")
 PRECISIONS = ("fp32", "bf16", "fp16")

@@ -86,6 +86,27 @@ def test_graphs_beyond_the_limit_run_without():
     assert_same_gradients(ours, theirs, 1e-4)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_graphs_without_gradients_give_the_same(bf16):
+    encoder = make_encoder().eval()
+    run = graphs.Graphs(encoder)
+    outputs = []
+    for i, shape in enumerate(SHAPES):
+        x, lengths, _ = batch(shape, i)
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            outputs.append([*run(x, lengths), *encoder(x, lengths)])
+    for y, got, expected, lengths in outputs:  # a later batch must not change an earlier result
+        assert torch.equal(got, lengths)
+        assert (y - expected).abs().max() < (2e-2 if bf16 else 1e-5)
+    assert len(run.graphs) == 2
+    with torch.no_grad():  # weights that change, as after an epoch, change the result
+        before = run(*batch(SHAPES[0], 0)[:2])[0]
+        encoder.input_layer[0].weight.mul_(2)
+        after, expected = (f(*batch(SHAPES[0], 0)[:2])[0] for f in (run, encoder))
+    assert (after - before).abs().max() > 1e-2
+    assert (after - expected).abs().max() < 1e-5
+
+
 def test_compiled_layers_learn_the_same():
     ours, theirs = make_encoder(), make_encoder()
     compile_layers(ours)
