@@ -5,8 +5,35 @@ from speechbrain.lobes.models.convolution import ConvBlock
 from speechbrain.nnet.CNN import Conv2d
 from speechbrain.nnet.normalization import LayerNorm
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 from modules.lengths import zero_padding
+
+
+class ChannelsLastConv2d(Conv2d):
+    """SpeechBrain's convolution, on CUDA devices without its copies of the layout.
+
+    It turns (B, T, F, C) into (B, C, F, T) and back, and every kernel before and after it then
+    copies its input. To the bit it is the same on CPUs alone, where the layout costs little.
+    """
+
+    def forward(self, x):
+        """x (B, T, F) or (B, T, F, C), padded already -> (B, T', F', C')"""
+        return self.in_place(x) if x.is_cuda else super().forward(x)
+
+    def in_place(self, x):
+        weight = self.conv.weight.transpose(2, 3)  # (C', C, time, frequency)
+        if not self.unsqueeze:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+            y = F.conv2d(x.permute(0, 3, 1, 2), weight, self.conv.bias, self.stride)
+            return y.permute(0, 2, 3, 1)
+        # Of one channel every patch is a row, and the convolution a product. Tensor cores want
+        # rows of whole eights.
+        time, bins = weight.shape[2:]
+        patches = x.unfold(1, time, self.stride[0]).unfold(2, bins, self.stride[1]).flatten(3)
+        spare = -patches.shape[3] % 8
+        return F.linear(F.pad(patches, (0, spare)), F.pad(weight.flatten(1), (0, spare)),
+                        self.conv.bias)  # fmt: skip
 
 
 class ConvFrontend(nn.Module):
@@ -48,7 +75,7 @@ class ConvFrontend(nn.Module):
                 input_shape=(None, None, shape[0] + 2 * self.reach, *shape[1:]),
                 kernel_size=kernel_size,
                 stride=stride,
-                conv_module=Conv2d,
+                conv_module=ChannelsLastConv2d,
                 norm=LayerNorm,
                 dropout=dropout,
                 padding="valid",

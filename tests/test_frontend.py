@@ -7,7 +7,7 @@ import torch
 from speechbrain.lobes.models.convolution import ConvolutionFrontEnd
 from torch.nn import functional as F  # noqa: N812
 
-from modules.frontend import ConvFrontend, reflect_frames
+from modules.frontend import ChannelsLastConv2d, ConvFrontend, reflect_frames
 
 
 def speechbrain_frontend(n_mels, channels, kernel_size=3, stride=2):
@@ -50,6 +50,31 @@ def test_other_sizes_equal_speechbrain_too(kernel_size, stride, blocks):
     assert torch.equal(y, theirs(x).flatten(2))
 
 
+@pytest.mark.parametrize(("kernel_size", "stride"), [(3, 2), (5, 1)])
+def test_the_layout_of_cuda_gives_the_same(kernel_size, stride, monkeypatch):
+    torch.manual_seed(0)
+    frontend = ConvFrontend(23, [6, 4], kernel_size, stride).double().eval()
+    x, lengths = torch.randn(2, 31, 23).double(), torch.tensor([31, 18])
+    results = []
+    for forward in (ChannelsLastConv2d.forward, ChannelsLastConv2d.in_place):
+        monkeypatch.setattr(ChannelsLastConv2d, "forward", forward)
+        y, _ = frontend(x, lengths)
+        results.append((y, *torch.autograd.grad(y.square().sum(), list(frontend.parameters()))))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_equals_the_cpu():
+    torch.manual_seed(0)
+    frontend = ConvFrontend().double().eval()
+    x, lengths = torch.randn(3, 203, 80).double(), torch.tensor([203, 77, 10])
+    expected, _ = frontend(x, lengths)
+    y, _ = frontend.cuda()(x.cuda(), lengths.cuda())
+    torch.testing.assert_close(y.cpu(), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_the_published_size():
     ours = ConvFrontend()
     y, lengths = ours(torch.randn(1, 401, 80), torch.tensor([401]))
@@ -70,7 +95,7 @@ def test_any_number_of_mels_and_of_frames(n_mels):
 
 def test_lengths_are_halved_twice_rounding_up():
     lengths = torch.arange(0, 30)
-    frontend = ConvFrontend(4, channels=(2, 2))
+    frontend = ConvFrontend(4, channels=(2, 2)).eval()  # dropout may leave nothing of so few
     y, subsampled = frontend(torch.randn(30, 29, 4), lengths)
     assert subsampled.tolist() == [math.ceil(n / 4) for n in range(30)]
     assert y.shape[1] == subsampled.max()

@@ -99,12 +99,13 @@ def test_graphs_without_gradients_give_the_same(bf16):
         assert torch.equal(got, lengths)
         assert (y - expected).abs().max() < (2e-2 if bf16 else 1e-5)
     assert len(run.graphs) == 2
-    with torch.no_grad():  # weights that change, as after an epoch, change the result
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=bf16)
+    with torch.no_grad(), autocast:  # weights that change, as after an epoch, change the result
         before = run(*batch(SHAPES[0], 0)[:2])[0]
         encoder.input_layer[0].weight.mul_(2)
         after, expected = (f(*batch(SHAPES[0], 0)[:2])[0] for f in (run, encoder))
     assert (after - before).abs().max() > 1e-2
-    assert (after - expected).abs().max() < 1e-5
+    assert (after - expected).abs().max() < (2e-2 if bf16 else 1e-5)
 
 
 def test_compiled_layers_learn_the_same():
