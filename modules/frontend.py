@@ -93,6 +93,9 @@ class ConvFrontend(nn.Module):
         x = zero_padding(x, lengths)
         for block in self.blocks.values():
             x = block(reflect_bins(reflect_frames(x, lengths, self.reach), self.reach))
+            if torch.is_autocast_enabled(x.device.type):
+                # What comes next does so after copying twice as much.
+                x = x.to(torch.get_autocast_dtype(x.device.type))
             lengths = torch.div(lengths - 1, self.stride, rounding_mode="floor") + 1
         return zero_padding(x.flatten(2), lengths), lengths
 
