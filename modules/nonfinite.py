@@ -37,6 +37,7 @@ class FiniteBrain(sb.Brain):
         self.batches.clear()
         self.skipped_batches = 0
         self.unalignable = []  # [(marks (B,) on the device, ids)]
+        self.short = []  # ids of those that were marked
 
     # ---- Losses ----
 
@@ -92,7 +93,8 @@ class FiniteBrain(sb.Brain):
             wrong = not norm.isfinite()
         dropped = sum(not finite for finite, _ in self.batches)
         kept = len(self.batches) - dropped
-        dropped, kept, wrong = self.sum_of_ranks(dropped, kept, wrong)
+        dropped, kept, wrong, *granted = self.sum_of_ranks(dropped, kept, wrong, *self.requests())
+        self.granted = tuple(map(bool, granted))
         skip = wrong > 0 or kept == 0
         if skip or dropped:
             self.skipped_batches += dropped + (kept if wrong else 0)
@@ -125,6 +127,10 @@ class FiniteBrain(sb.Brain):
         self.zero_grad(set_to_none=True)
         self.optimizer_step += 1
 
+    def requests(self):
+        """What this process wants after the step, as flags; one process is enough."""
+        return ()
+
     def gradients(self):
         """Tensors that hold all gradients of the step."""
         return gradients_of(self.optimizer)
@@ -144,18 +150,16 @@ class FiniteBrain(sb.Brain):
 
     # ---- Utterances that CTC cannot align ----
 
-    def report_unalignable(self):
-        """Warn, once an epoch, of the utterances that had too few frames for their tokens.
+    def find_unalignable(self):
+        """Read the marks, which the device need not be waited for in every step."""
+        for marks, ids in self.unalignable:
+            self.short += [i for i, mark in zip(ids, marks.tolist(), strict=True) if mark]
+        self.unalignable.clear()
 
-        The marks are read here alone, for the device need not be waited for in every step.
-        """
-        short = [
-            i
-            for marks, ids in self.unalignable
-            for i, mark in zip(ids, marks.tolist(), strict=True)
-            if mark
-        ]
-        found = self.of_ranks((len(short), short[:5]))
+    def report_unalignable(self):
+        """Warn, once an epoch, of the utterances that had too few frames for their tokens."""
+        self.find_unalignable()
+        found = self.of_ranks((len(self.short), self.short[:5]))
         number = sum(count for count, _ in found)
         if number and if_main_process():
             logger.warning(
