@@ -54,6 +54,8 @@ class ASRBrain(ResumingBrain):
 
     def features(self, batch, stage):
         """Waveforms to what the network gets: (B, T, n_mels), lengths (B,) in frames."""
+        if hasattr(batch, "features"):  # a part of a batch that was too large
+            return batch.features
         wavs, relative_lengths = batch.sig
         samples = absolute(relative_lengths, wavs.shape[1])
         features, lengths = self.hparams.compute_features(wavs, samples)
@@ -62,6 +64,7 @@ class ASRBrain(ResumingBrain):
         features = self.modules.normalize(features, relative(lengths, features.shape[1]), epoch)
         if stage == sb.Stage.TRAIN:
             features, _ = self.hparams.fea_augment(features, relative(lengths, features.shape[1]))
+            batch.features = features, lengths
         return features, lengths
 
     def encode(self, features, lengths):

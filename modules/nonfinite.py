@@ -28,6 +28,7 @@ class FiniteBrain(sb.Brain):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.hooks = []
         self.batches = []  # of this step and process: [(whether the loss is finite, ids)]
         self.skipped_in_a_row = 0
         self.forget_epoch()
@@ -43,7 +44,6 @@ class FiniteBrain(sb.Brain):
 
     def on_fit_batch_start(self, batch, should_step):
         normalize = self.hparams.normalize
-        self.current = batch
         self.statistics = normalize.count, normalize.glob_mean, normalize.glob_std
 
     def check_loss_isfinite(self, loss):
@@ -54,15 +54,16 @@ class FiniteBrain(sb.Brain):
         """
         finite = bool(torch.isfinite(loss))
         self.batches.append((finite, self.current.id if finite else suspects(self.current)))
-        self.hooks = []
         if not finite:
             parameters = [p for p in self.modules.parameters() if p.requires_grad]
             self.hooks = [p.register_hook(torch.zeros_like) for p in parameters]
             self.restore_statistics()
 
-    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+    def remove_hooks(self):
+        """After the backward pass."""
         for hook in self.hooks:
             hook.remove()
+        self.hooks = []
 
     def restore_statistics(self):
         """Undo what audio that is not finite did to the features' mean and deviation.
@@ -71,7 +72,12 @@ class FiniteBrain(sb.Brain):
         """
         normalize = self.hparams.normalize
         if not (normalize.glob_mean.isfinite().all() and normalize.glob_std.isfinite().all()):
-            normalize.count, normalize.glob_mean, normalize.glob_std = self.statistics
+            self.forget_statistics()
+
+    def forget_statistics(self):
+        """Back to what they were before the batch."""
+        normalize = self.hparams.normalize
+        normalize.count, normalize.glob_mean, normalize.glob_std = self.statistics
 
     def update_average(self, loss, avg_loss):
         """SpeechBrain's starts from 0, and would count a first batch that is not finite as 0."""

@@ -15,7 +15,7 @@ from speechbrain.utils.distributed import ddp_broadcast
 from modules.checkpoints import newest, resumable
 from modules.errors import Stopped, UserError
 from modules.launch import on_main
-from modules.nonfinite import FiniteBrain
+from modules.memory import HalvingBrain
 from modules.randomness import generator_states, set_generator_states
 from modules.signals import StopRequest
 
@@ -38,7 +38,7 @@ class RankStates:
         self.states = torch.load(path, weights_only=True)
 
 
-class ResumingBrain(FiniteBrain):
+class ResumingBrain(HalvingBrain):
     """Saves within epochs and at a signal, and goes on as if it had never stopped.
 
     SpeechBrain's Brain and loader recover the place in the epoch. Beside it each process's random

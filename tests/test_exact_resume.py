@@ -8,14 +8,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from speechbrain.core import INTRA_EPOCH_CKPT_FLAG
 
 from modules.checkpoints import Checkpointer
+from modules.errors import Stopped
 from modules.randomness import generator_states, seeded, set_generator_states
 from tests.recipes import runs
 from tests.test_distributed import finish, start_ranks
 
 CTC = "CTC/conmamba_tiny.yaml"
-S2S = "S2S/conmambamamba_tiny.yaml"
 FAULTY = str(runs.ROOT / "tests/recipes/faulty.py")
 # All that is random or counted: dropout, SpecAugment, speeds, workers, running statistics of the
 # features, accumulation, whose steps the checkpoints' interval does not divide.
@@ -33,7 +34,9 @@ EVERYTHING = {
 def saved(folder):
     """All that the newest checkpoint holds, by file; the clock's time aside."""
     found = Checkpointer(folder / "save").find_checkpoint()
-    read = {p.name: torch.load(p, weights_only=True) for p in found.path.glob("*.ckpt") if zipped(p)}
+    read = {
+        p.name: torch.load(p, weights_only=True) for p in found.path.glob("*.ckpt") if zipped(p)
+    }
     return read | {p.name: p.read_text() for p in found.path.glob("*.ckpt") if not zipped(p)}
 
 
@@ -91,24 +94,31 @@ def test_killed_again_and_again_in_one_process(straight, tmp_path, monkeypatch):
     assert_same_end(tmp_path, folder)
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
-def test_ended_by_a_signal(name, straight, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_after_the_step(name, straight, tmp_path, monkeypatch, capfd):
     folder, batches = straight
-    # Checkpoints of its own accord are for the one that cannot save.
-    options = EVERYTHING | {"ckpt_interval_steps": 2 * (name == "SIGKILL")}
-    number = random.randint(2, batches)
-    done = runs.run(faulty(name, number, 0, tmp_path, **options), preexec_fn=runs.heed_interrupts)
-    if name == "SIGKILL":
-        assert done.returncode == -signal.SIGKILL
-    else:
-        assert done.returncode == 75, done.stderr
-        assert f"{name}: a checkpoint is saved after this step" in done.stderr
-        assert f"stopped by {name}; everything is saved in {tmp_path}/save" in done.stderr
-        assert "Traceback" not in done.stderr
-        meta = Checkpointer(tmp_path / "save").find_checkpoint().meta
-        assert "WER" not in meta or number == batches
+    options = EVERYTHING | {"ckpt_interval_steps": 0}
+    at = random.randint(2, batches // 2 - 2)
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"stopped by {name}; every"):
+        send_at(patch, at, signal.Signals[name])
+        runs.train(CTC, tmp_path, **options)
+    assert f"{name}: a checkpoint is saved after this step" in capfd.readouterr().err
+    assert Checkpointer(tmp_path / "save").find_checkpoint().meta[INTRA_EPOCH_CKPT_FLAG]
     runs.train(CTC, tmp_path, **options)
     assert_same_end(tmp_path, folder)
+
+
+def send_at(monkeypatch, number, sent):
+    """Let a training batch find a signal."""
+    whole, seen = runs.train_CTC.ASR.fit_batch, []
+
+    def fit_batch(self, batch):
+        seen.append(1)
+        if len(seen) == number:
+            signal.raise_signal(sent)
+        return whole(self, batch)
+
+    monkeypatch.setattr(runs.train_CTC.ASR, "fit_batch", fit_batch)
 
 
 def faulty(name, number, rank, folder, **options):
@@ -117,24 +127,61 @@ def faulty(name, number, rank, folder, **options):
     return [sys.executable, FAULTY, name, str(number), str(rank), *arguments]
 
 
-def test_two_processes(tmp_path):
-    """One of them gets SIGTERM; both end. Then it is killed, and torchrun starts both again."""
-    options = EVERYTHING | {"num_workers": 1}
-    launcher = ["--standalone", "--nproc-per-node", 2]
-    command = runs.command(CTC, tmp_path / "straight", **options)
-    status, output = finish(start_ranks(command[1:], *launcher))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_a_process_of_its_own(name, straight, tmp_path):
+    folder, batches = straight
+    # Checkpoints of its own accord are for the one that cannot save.
+    options = EVERYTHING | {"ckpt_interval_steps": 2 * (name == "SIGKILL")}
+    number = random.randint(2, batches)
+    done = runs.run(faulty(name, number, 0, tmp_path, **options), preexec_fn=runs.heed_interrupts)
+    assert done.returncode == (-signal.SIGKILL if name == "SIGKILL" else 75), done.stderr
+    assert "Traceback" not in done.stderr
+    runs.train(CTC, tmp_path, **options)
+    assert_same_end(tmp_path, folder)
+
+
+# ---- Two processes ----
+
+TWO = ["--standalone", "--nproc-per-node", 2]
+
+
+@pytest.fixture(scope="module")
+def straight_two(tmp_path_factory):
+    """What two processes come to when nothing happens; how they are started."""
+    folder, options = tmp_path_factory.mktemp("two") / "run", EVERYTHING | {"num_workers": 1}
+    status, output = finish(start_ranks(runs.command(CTC, folder, **options)[1:], *TWO))
     assert status == 0, output
-    folder = tmp_path / "run"
-    status, output = finish(start_ranks(faulty("SIGTERM", 2, 1, folder, **options)[1:], *launcher))
+    return folder, options
+
+
+def test_one_of_two_is_killed(straight_two, tmp_path):
+    """The other ends with it, and torchrun starts both again, which go on."""
+    folder, options = straight_two
+    command = faulty("SIGKILL", random.randint(3, 5), 1, tmp_path, **options)
+    status, output = finish(start_ranks(command[1:], *TWO, "--max-restarts", 1))
+    assert status == 0, output
+    assert "Signal 9 (SIGKILL)" in output or "exitcode: -9" in output
+    assert_same_end(tmp_path, folder)
+
+
+@pytest.mark.slow
+def test_one_of_two_is_told_to_stop(straight_two, tmp_path):
+    """Both save, and end."""
+    folder, options = straight_two
+    options |= {"ckpt_interval_steps": 0}
+    command = faulty("SIGTERM", random.randint(2, 4), 1, tmp_path, **options)
+    status, output = finish(start_ranks(command[1:], *TWO))
     assert status == 1, output
     assert "exitcode  : 75" in output
     assert "stopped by a signal to another process; everything is saved" in output
-    assert Checkpointer(folder / "save").find_checkpoint().meta.keys() >= {"intra_epoch"}
-    command = faulty("SIGKILL", random.randint(1, 3), 1, folder, **options)
-    status, output = finish(start_ranks(command[1:], *launcher, "--max-restarts", 1))
+    assert Checkpointer(tmp_path / "save").find_checkpoint().meta[INTRA_EPOCH_CKPT_FLAG]
+    status, output = finish(start_ranks(runs.command(CTC, tmp_path, **options)[1:], *TWO))
     assert status == 0, output
-    assert "Signal 9 (SIGKILL)" in output
-    assert_same_end(folder, tmp_path / "straight")
+    assert_same_end(tmp_path, folder)
+
+
+# ---- Elsewhere ----
 
 
 def test_stopped_in_the_validation(straight, tmp_path, monkeypatch):
@@ -148,7 +195,7 @@ def test_stopped_in_the_validation(straight, tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return whole(self, batch, stage)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="SIGTERM"):
         patch.setattr(runs.train_CTC.ASR, "evaluate_batch", evaluate_batch)
         runs.train(CTC, tmp_path, **EVERYTHING)
     assert not (tmp_path / "train_log.txt").exists()
