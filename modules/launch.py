@@ -55,6 +55,16 @@ def run(main, script, example):
             time.sleep(10)
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if not is_of_another_process(error):
+            raise
+        print(
+            f"\nerror: another process ended or does not answer ({error}); its own message says "
+            "why. The same command goes on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(1)
     except Stopped as stopped:
         if sb.utils.distributed.if_main_process():
             print(f"\n{stopped}", file=sys.stderr, flush=True)
@@ -64,6 +74,13 @@ def run(main, script, example):
         sys.exit(130)
     finally:
         leave_process_group()
+
+
+def is_of_another_process(error):
+    """Whether the processes' exchange failed, and not this process's own work."""
+    if not torch.distributed.is_available():
+        return False
+    return isinstance(error, torch.distributed.DistBackendError) or "gloo" in str(error)
 
 
 def leave_process_group():

@@ -18,6 +18,7 @@ from modules.launch import on_main
 from modules.memory import HalvingBrain
 from modules.randomness import generator_states, set_generator_states
 from modules.signals import StopRequest
+from modules.workers import Restarting
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,12 @@ class ResumingBrain(HalvingBrain):
             super().fit(*args, **kwargs)
         if self.stop_request.name:
             self.stop()  # it came in the last moments
+
+    def _fit_train(self, train_set, epoch, enable):
+        super()._fit_train(Restarting(train_set), epoch, enable)
+
+    def _fit_valid(self, valid_set, epoch, enable):
+        super()._fit_valid(Restarting(valid_set), epoch, enable)
 
     def requests(self):
         """Whether this process wants a checkpoint, and an end, after the present step."""

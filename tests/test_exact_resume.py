@@ -155,9 +155,11 @@ def straight_two(tmp_path_factory):
     return folder, options
 
 
-def test_one_of_two_is_killed(straight_two, tmp_path):
+def test_one_of_two_is_killed(straight_two, tmp_path, monkeypatch):
     """The other ends with it, and torchrun starts both again, which go on."""
     folder, options = straight_two
+    # Else the new processes find the old ones' addresses (github.com/pytorch/pytorch/issues/135712).
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     command = faulty("SIGKILL", random.randint(3, 5), 1, tmp_path, **options)
     status, output = finish(start_ranks(command[1:], *TWO, "--max-restarts", 1))
     assert status == 0, output

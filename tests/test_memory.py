@@ -76,7 +76,7 @@ def test_halves_have_the_gradient_of_the_whole(name, where, tmp_path, monkeypatc
 
 def test_a_single_utterance_too_large_stops_the_run(tmp_path, monkeypatch):
     seen = run_out_above(monkeypatch, train_CTC.ASR, 0, "forward")
-    with pytest.raises(UserError, match="in a batch of 1 utterances .* --max_seconds below that"):
+    with pytest.raises(UserError, match=r"in a batch of 1 utterances .* --max_seconds below that"):
         runs.train(CTC, tmp_path, **OPTIONS)
     assert [size for _, size in seen] == [5, 3, 2, 1]
 
@@ -113,7 +113,7 @@ def test_halves_are_the_batch(tmp_path):
     batch = next(iter(brain.make_dataloader(train, None, batch_size=5, ckpt_prefix=None)))
     parts = halves(batch)
     assert [len(p) for p in parts] == [3, 2]
-    assert sum((p.id for p in parts), []) == batch.id
+    assert [*parts[0].id, *parts[1].id] == batch.id
     for part in parts:
         for i, name in enumerate(part.id):
             ours, whole = ((b.sig, b.id.index(name)) for b in (part, batch))
