@@ -161,7 +161,7 @@ def test_one_of_two_is_killed(straight_two, tmp_path, monkeypatch):
     # Else the new processes find the old ones' addresses (github.com/pytorch/pytorch/issues/135712).
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     command = faulty("SIGKILL", random.randint(3, 5), 1, tmp_path, **options)
-    status, output = finish(start_ranks(command[1:], *TWO, "--max-restarts", 1))
+    status, output = finish(start_ranks(command[1:], *TWO, "--max-restarts", 1), 400)
     assert status == 0, output
     assert "Signal 9 (SIGKILL)" in output or "exitcode: -9" in output
     assert_same_end(tmp_path, folder)
