@@ -158,7 +158,7 @@ def straight_two(tmp_path_factory):
 def test_one_of_two_is_killed(straight_two, tmp_path, monkeypatch):
     """The other ends with it, and torchrun starts both again, which go on."""
     folder, options = straight_two
-    # Else the new processes find the old ones' addresses (github.com/pytorch/pytorch/issues/135712).
+    # Else the new ones find the old ones' addresses (github.com/pytorch/pytorch/issues/135712).
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     command = faulty("SIGKILL", random.randint(3, 5), 1, tmp_path, **options)
     status, output = finish(start_ranks(command[1:], *TWO, "--max-restarts", 1), 400)
@@ -253,6 +253,16 @@ def test_generators_go_back():
     first = draw()
     set_generator_states(states)
     assert draw() == first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_generators_of_a_gpu_go_back():
+    torch.rand(1, device="cuda")
+    states = generator_states()
+    first = torch.rand(3, device="cuda")
+    set_generator_states(states)
+    assert torch.equal(torch.rand(3, device="cuda"), first)
 
 
 def test_a_key_alone_decides_what_is_drawn():

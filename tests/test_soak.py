@@ -15,4 +15,7 @@ def test_five_minutes():
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert not figures["wrong"]
-    assert all(figures["faults (of which ended the run)"].values())
+    assert min(figures["faults"].values()) >= 1
+    for name in ("kill", "stop"):
+        assert figures["ended the run"][name] == figures["faults"][name]
+    assert figures["ended the run"]["worker"] == figures["ended the run"]["NaN"] == 0

@@ -265,7 +265,8 @@ def report(run, calm, counts, epochs):
     if thirds[1][1] > thirds[0][1] + 2:
         wrong.append("file handles")
     return wrong, {
-        "faults (of which ended the run)": {n: f"{a} ({b})" for n, (a, b) in counts.items()},
+        "faults": {name: number for name, (number, _) in counts.items()},
+        "ended the run": {name: ended for name, (_, ended) in counts.items()},
         "processes": run.lives,
         "epochs": epochs,
         "valid loss": round(means[0], 3),
