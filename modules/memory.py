@@ -22,7 +22,7 @@ class HalvingBrain(FiniteBrain):
     alone, and CUDA graphs are of whole batches: there the run stops and says what to lower.
     """
 
-    graphs = None
+    graphs = None  # those of training, where a subclass has some
 
     def fit_batch(self, batch):
         """SpeechBrain's, whose forward and backward pass may be taken again in parts."""
