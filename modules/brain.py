@@ -8,25 +8,24 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from speechbrain.utils.checkpoints import ckpt_recency
-from speechbrain.utils.distributed import ddp_broadcast, if_main_process
+from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.metric_stats import ErrorRateStats
 
-from modules.checkpoints import average, best, newest, resumable
+from modules.checkpoints import average, best, newest
 from modules.compilation import compile_layers
 from modules.data import WholeStepSampler
 from modules.errors import UserError
 from modules.graphs import Graphs, TrainingGraphs, pad_to_few_shapes
-from modules.launch import on_main
 from modules.lengths import absolute, relative
 from modules.loggers import make_loggers
 from modules.losses import too_few_frames
-from modules.nonfinite import FiniteBrain
 from modules.optimizers import advance_before_steps, fused, parameter_groups
+from modules.resuming import ResumingBrain
 
 logger = logging.getLogger(__name__)
 
 
-class ASRBrain(FiniteBrain):
+class ASRBrain(ResumingBrain):
     """Encodes, scores word errors, checkpoints, averages and schedules the learning rate.
 
     A subclass gives `compute_forward`, `compute_objectives`, `prepare_test` and names the
@@ -44,8 +43,6 @@ class ASRBrain(FiniteBrain):
             run_opts=run_opts,
             checkpointer=hparams["checkpointer"],
         )
-        # Converted checkpoints hold weights and feature statistics, and nothing of a training.
-        self.checkpointer.allow_partial_load = True
         # Statistics are read onto the device that the features are on.
         self.hparams.normalize.to(self.device)
         self.tokenizer = hparams["tokenizer"]
@@ -57,6 +54,8 @@ class ASRBrain(FiniteBrain):
 
     def features(self, batch, stage):
         """Waveforms to what the network gets: (B, T, n_mels), lengths (B,) in frames."""
+        if hasattr(batch, "features"):  # a part of a batch that was too large
+            return batch.features
         wavs, relative_lengths = batch.sig
         samples = absolute(relative_lengths, wavs.shape[1])
         features, lengths = self.hparams.compute_features(wavs, samples)
@@ -65,6 +64,7 @@ class ASRBrain(FiniteBrain):
         features = self.modules.normalize(features, relative(lengths, features.shape[1]), epoch)
         if stage == sb.Stage.TRAIN:
             features, _ = self.hparams.fea_augment(features, relative(lengths, features.shape[1]))
+            batch.features = features, lengths
         return features, lengths
 
     def encode(self, features, lengths):
@@ -104,10 +104,9 @@ class ASRBrain(FiniteBrain):
     # ---- Error rates ----
 
     def on_stage_start(self, stage, epoch=None):
-        """Fresh counts for training, fresh metrics for validation and test."""
-        if stage == sb.Stage.TRAIN:
-            self.forget_epoch()
-        else:
+        """Fresh metrics for validation and test."""
+        super().on_stage_start(stage, epoch)
+        if stage != sb.Stage.TRAIN:
             self.wer = ErrorRateStats()
             self.cer = ErrorRateStats(split_tokens=True)
             self.search_seconds = self.audio_seconds = 0.0
@@ -184,6 +183,7 @@ class ASRBrain(FiniteBrain):
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Log the stage; after validation write a checkpoint, after a test its error rates."""
+        super().on_stage_end(stage, stage_loss, epoch)
         if stage == sb.Stage.TRAIN:
             self.train_stats = {"loss": self.mean_of_ranks(stage_loss)}
             if self.skipped_batches:
@@ -220,6 +220,7 @@ class ASRBrain(FiniteBrain):
     def save_checkpoint(self, epoch, stats):
         """Keep the best checkpoints for averaging, and the newest for continuing."""
         metric = self.checkpoint_metric
+        self.collect()
         keys = {"max_keys" if self.higher_is_better else "min_keys": [metric]}
         self.checkpointer.save_and_keep_only(
             meta={metric: stats[metric], "epoch": epoch},
@@ -246,62 +247,7 @@ class ASRBrain(FiniteBrain):
                 self.wer.write_stats(f)
             os.replace(beside, path)
 
-    # ---- Continuing and evaluating ----
-
-    def found_checkpoints(self):
-        """This run's whole checkpoints; those that `resume` names when it has none yet.
-
-        The same in every process, and so is a UserError.
-        """
-        found = []
-
-        def find():
-            found.extend(self.checkpointer.whole())
-            if self.hparams.resume and not found:
-                found.extend(resumable(self.hparams.resume))
-
-        on_main(find)
-        return ddp_broadcast(found)
-
-    def check_start(self):
-        """UserError when the checkpoint to go on from is missing, or of another model."""
-        start = newest(self.found_checkpoints())
-        if start is None:
-            return
-        theirs = torch.load(start.paramfiles["model"], "cpu", weights_only=True, mmap=True)
-        ours = self.hparams.model.state_dict()
-        shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (theirs, ours)]
-        for name in shapes[0] | shapes[1]:
-            there, here = (s.get(name, "missing") for s in shapes)
-            if there != here:
-                raise UserError(
-                    f"the model in {start.path} is another ({name}: {there} there, {here} here); "
-                    "give the options it was trained with (hyperparams.yaml in its output "
-                    "folder), or a new --output_folder"
-                )
-
-    def on_fit_start(self):
-        """Recover this run's newest checkpoint, or start from `resume`."""
-        super().on_fit_start()
-        if self.checkpointer.find_checkpoint() is None and self.hparams.resume:
-            start = newest(self.found_checkpoints())
-            logger.info("Starting from %s", start.path)
-            self.checkpointer.load_checkpoint(start)
-        self.check_space()
-
-    def check_space(self):
-        """UserError unless the disk takes all checkpoints that this run will have at a time."""
-        counter = self.hparams.epoch_counter
-        epochs = counter.limit - counter.current
-        if epochs <= 0:
-            return
-        # The best and the newest are kept, and one within an epoch; one more is being written.
-        within = self.ckpt_interval_minutes > 0 or self.ckpt_interval_steps > 0
-        most = 2 * self.hparams.avg_checkpoints + within + 1
-        copies = min(most - len(self.checkpointer.list_checkpoints()), epochs + within)
-        missing = self.checkpointer.space_missing(self.hparams.model, max(copies, 1))
-        if missing:
-            raise UserError(missing)
+    # ---- Evaluating ----
 
     def on_evaluate_start(self, max_key=None, min_key=None):
         """Load the average of the best checkpoints, once; nothing is written or deleted."""

@@ -17,6 +17,7 @@ from modules.checkpoints import newest, resumable
 from modules.errors import UserError
 from modules.language_model import fetch
 from modules.launch import on_main
+from modules.randomness import seeded
 
 
 def prepare_manifests(hparams):
@@ -70,6 +71,7 @@ def load_datasets(hparams):
 def add_pipelines(hparams, train, valid, tests, text_pipeline, text_keys):
     """Attach audio and text pipelines; training audio is speed-perturbed.
 
+    An utterance's speed is drawn by seed, epoch and id, in whichever worker and order it is read.
     text_pipeline (transcript) yields a value a key of text_keys; `wrd` stays beside them.
     """
 
@@ -78,11 +80,13 @@ def add_pipelines(hparams, train, valid, tests, text_pipeline, text_keys):
     def read(wav):
         return sb.dataio.dataio.read_audio(wav)
 
-    @sb.utils.data_pipeline.takes("wav")
+    @sb.utils.data_pipeline.takes("id", "wav")
     @sb.utils.data_pipeline.provides("sig")
-    def read_perturbed(wav):
+    def read_perturbed(utterance, wav):
         sig = sb.dataio.dataio.read_audio(wav)
-        return hparams["speed_perturb"](sig.unsqueeze(0)).squeeze(0)
+        # Workers are started anew in every epoch, so they know which it is.
+        with seeded(hparams["seed"], hparams["epoch_counter"].current, utterance):
+            return hparams["speed_perturb"](sig.unsqueeze(0)).squeeze(0)
 
     takes = sb.utils.data_pipeline.takes("wrd")
     text = takes(sb.utils.data_pipeline.provides(*text_keys)(text_pipeline))
@@ -180,15 +184,26 @@ def eval_loader_options(hparams, dataset, seconds=None):
 
 def worker_options(hparams):
     workers = hparams["num_workers"]
-    options = {"num_workers": workers, "collate_fn": PaddedBatch, "pin_memory": False}
+    options = {
+        "num_workers": workers,
+        "collate_fn": PaddedBatch,
+        "pin_memory": False,
+        # PyTorch draws the workers' seeds; with its own generator, not with that of dropout.
+        "generator": torch.Generator(),
+    }
     if workers:
-        options["worker_init_fn"] = limit_worker_threads
+        options["worker_init_fn"] = start_worker
     return options
 
 
-def limit_worker_threads(worker):
-    """One thread a worker: they only decode and resample, and share the cores with training."""
+def start_worker(worker):
+    """One thread a worker: they only decode and resample, and share the cores with training.
+
+    Signals to the run's group of processes, as Ctrl-C is, are not for them: the batches that they
+    are at are wanted until training has saved a checkpoint.
+    """
     torch.set_num_threads(1)
+    os.setsid()
 
 
 def hours(dataset):

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command lines print it without a stack trace and exit with status 2.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to end, and has saved what it takes to go on."""

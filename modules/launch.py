@@ -11,9 +11,10 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
-from modules.errors import UserError
+from modules.errors import Stopped, UserError
 from modules.ops import selective_scan
 from modules.options import check_values, describe, read_options, top_level, yaml_path
+from modules.signals import EXIT_STOPPED
 
 HELP = """Train and evaluate a speech recogniser.
 
@@ -36,7 +37,10 @@ HPARAMS files here: {available}
 
 
 def run(main, script, example):
-    """Call `main(argv)`; print a `UserError` without a stack trace and exit with status 2."""
+    """Call `main(argv)`; print a `UserError` without a stack trace and exit with status 2.
+
+    Status 75 tells that a signal ended the run and the same command goes on.
+    """
     try:
         argv = sys.argv[1:]
         if not argv or argv[0] in ("-h", "--help"):
@@ -51,11 +55,32 @@ def run(main, script, example):
             time.sleep(10)
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if not is_of_another_process(error):
+            raise
+        print(
+            f"\nerror: another process ended or does not answer ({error}); its own message says "
+            "why. The same command goes on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(1)
+    except Stopped as stopped:
+        if sb.utils.distributed.if_main_process():
+            print(f"\n{stopped}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
     finally:
         leave_process_group()
+
+
+def is_of_another_process(error):
+    """Whether the processes' exchange failed, and not this process's own work."""
+    if not torch.distributed.is_available():
+        return False
+    return isinstance(error, torch.distributed.DistBackendError) or "gloo" in str(error)
 
 
 def leave_process_group():

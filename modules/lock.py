@@ -1,6 +1,7 @@
 """One run at a time in an output folder: two would write over each other's checkpoints."""
 
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ class FolderLock:
         """UserError, naming its process and host, when another run has the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self.lock.acquire(timeout=0)
+            self.lock.acquire(timeout=self._patience())
         except Timeout:
             raise UserError(
                 f"output_folder={self.folder} is in use by another run ({self._who()}); wait for "
@@ -42,6 +43,13 @@ class FolderLock:
         if self.lock.is_locked:
             self.holder.unlink(missing_ok=True)
             self.lock.release()
+
+    def _patience(self):
+        """Seconds to wait: a killed run's workers take up to 5 s to notice, and hold it so long."""
+        found = re.match(r"pid (\d+) on (\S+)", self._who())
+        if found is None or found[2] != socket.gethostname() or Path(f"/proc/{found[1]}").exists():
+            return 0
+        return 15 if Path("/proc/self").exists() else 0
 
     def _who(self):
         try:

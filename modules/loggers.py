@@ -1,13 +1,16 @@
 """Where statistics go: the text log always; TensorBoard and wandb when asked for.
 
-A logger that fails is reported once and left out; it never stops training.
+One that does not start is a mistake to be told before work begins. One that fails later is
+reported once and left out; it never stops training.
 """
 
 import logging
 from pathlib import Path
 
-from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger, WandBLogger
+
+from modules.errors import UserError
+from modules.launch import on_main
 
 logger = logging.getLogger(__name__)
 
@@ -19,33 +22,29 @@ class TrainLoggers:
     ---------
     train_log : path
         The text log, always written.
-    factories : dict of str to callable
-        Other loggers by name, made here.
+    others : dict of str to TrainLogger
+        Other loggers by name.
     """
 
-    def __init__(self, train_log, factories):
+    def __init__(self, train_log, others):
         self.text = FileTrainLogger(str(train_log))
-        self.others = {}
-        for name, make in factories.items():
-            try:
-                self.others[name] = make()
-            except Exception as error:
-                report(name, error)
+        self.others = dict(others)
 
     def log_stats(self, stats_meta, **stats):
-        """See SpeechBrain's `TrainLogger.log_stats`."""
-        self.text.log_stats(stats_meta, **stats)
+        """See SpeechBrain's `TrainLogger.log_stats`. UserError when the text cannot be written."""
+        try:
+            self.text.log_stats(stats_meta, **stats)
+        except OSError as error:
+            raise UserError(
+                f"{self.text.save_file} cannot be written: {error}; make room, and the same "
+                "command goes on from the newest checkpoint"
+            ) from error
         for name in list(self.others):
             try:
                 self.others[name].log_stats(stats_meta, **stats)
             except Exception as error:
-                report(name, error)
+                logger.warning("%s is left out, training goes on: %s", name, error)
                 del self.others[name]
-
-
-def report(name, error):
-    remedy = f" (pip install {name})" if isinstance(error, ImportError) else ""
-    logger.warning("%s is left out, training goes on: %s%s", name, error, remedy)
 
 
 class StepTensorboardLogger(TensorboardLogger):
@@ -56,15 +55,26 @@ class StepTensorboardLogger(TensorboardLogger):
 
 
 def make_loggers(hparams):
-    """The loggers that the hparams ask for, on the main process only."""
-    folder = Path(hparams["output_folder"])
-    factories = {}
-    if if_main_process():
-        if hparams["use_tensorboard"]:
-            factories["tensorboard"] = lambda: StepTensorboardLogger(str(folder / "tensorboard"))
-        if hparams["use_wandb"]:
-            factories["wandb"] = lambda: start_wandb(hparams, folder)
-    return TrainLoggers(hparams["train_log"], factories)
+    """The loggers that the hparams ask for, on the main process only.
+
+    UserError, in every process, when one of them does not start.
+    """
+    folder, made = Path(hparams["output_folder"]), {}
+
+    def make(name, start):
+        if not hparams[f"use_{name}"]:
+            return
+        try:
+            made[name] = start()
+        except Exception as error:
+            remedy = f"pip install {name}, or " if isinstance(error, ImportError) else ""
+            raise UserError(
+                f"{name} does not start: {error}; {remedy}leave it out with --use_{name} False"
+            ) from error
+
+    on_main(make, "tensorboard", lambda: StepTensorboardLogger(str(folder / "tensorboard")))
+    on_main(make, "wandb", lambda: start_wandb(hparams, folder))
+    return TrainLoggers(hparams["train_log"], made)
 
 
 def start_wandb(hparams, folder):
@@ -72,7 +82,8 @@ def start_wandb(hparams, folder):
     import wandb
 
     id_file = folder / "wandb_id.txt"
-    run_id = id_file.read_text().strip() if id_file.is_file() else wandb.util.generate_id()
+    known = id_file.read_text().strip() if id_file.is_file() else ""
+    run_id = known or wandb.util.generate_id()
     id_file.write_text(run_id)
     plain = {k: v for k, v in hparams.items() if isinstance(v, str | int | float | bool | list)}
     try:

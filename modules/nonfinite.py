@@ -28,6 +28,7 @@ class FiniteBrain(sb.Brain):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.hooks = []
         self.batches = []  # of this step and process: [(whether the loss is finite, ids)]
         self.skipped_in_a_row = 0
         self.forget_epoch()
@@ -37,12 +38,12 @@ class FiniteBrain(sb.Brain):
         self.batches.clear()
         self.skipped_batches = 0
         self.unalignable = []  # [(marks (B,) on the device, ids)]
+        self.short = []  # ids of those that were marked
 
     # ---- Losses ----
 
     def on_fit_batch_start(self, batch, should_step):
         normalize = self.hparams.normalize
-        self.current = batch
         self.statistics = normalize.count, normalize.glob_mean, normalize.glob_std
 
     def check_loss_isfinite(self, loss):
@@ -53,15 +54,16 @@ class FiniteBrain(sb.Brain):
         """
         finite = bool(torch.isfinite(loss))
         self.batches.append((finite, self.current.id if finite else suspects(self.current)))
-        self.hooks = []
         if not finite:
             parameters = [p for p in self.modules.parameters() if p.requires_grad]
             self.hooks = [p.register_hook(torch.zeros_like) for p in parameters]
             self.restore_statistics()
 
-    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+    def remove_hooks(self):
+        """After the backward pass."""
         for hook in self.hooks:
             hook.remove()
+        self.hooks = []
 
     def restore_statistics(self):
         """Undo what audio that is not finite did to the features' mean and deviation.
@@ -70,7 +72,12 @@ class FiniteBrain(sb.Brain):
         """
         normalize = self.hparams.normalize
         if not (normalize.glob_mean.isfinite().all() and normalize.glob_std.isfinite().all()):
-            normalize.count, normalize.glob_mean, normalize.glob_std = self.statistics
+            self.forget_statistics()
+
+    def forget_statistics(self):
+        """Back to what they were before the batch."""
+        normalize = self.hparams.normalize
+        normalize.count, normalize.glob_mean, normalize.glob_std = self.statistics
 
     def update_average(self, loss, avg_loss):
         """SpeechBrain's starts from 0, and would count a first batch that is not finite as 0."""
@@ -92,7 +99,8 @@ class FiniteBrain(sb.Brain):
             wrong = not norm.isfinite()
         dropped = sum(not finite for finite, _ in self.batches)
         kept = len(self.batches) - dropped
-        dropped, kept, wrong = self.sum_of_ranks(dropped, kept, wrong)
+        dropped, kept, wrong, *granted = self.sum_of_ranks(dropped, kept, wrong, *self.requests())
+        self.granted = tuple(map(bool, granted))
         skip = wrong > 0 or kept == 0
         if skip or dropped:
             self.skipped_batches += dropped + (kept if wrong else 0)
@@ -125,6 +133,10 @@ class FiniteBrain(sb.Brain):
         self.zero_grad(set_to_none=True)
         self.optimizer_step += 1
 
+    def requests(self):
+        """What this process wants after the step, as flags; one process is enough."""
+        return ()
+
     def gradients(self):
         """Tensors that hold all gradients of the step."""
         return gradients_of(self.optimizer)
@@ -144,18 +156,16 @@ class FiniteBrain(sb.Brain):
 
     # ---- Utterances that CTC cannot align ----
 
-    def report_unalignable(self):
-        """Warn, once an epoch, of the utterances that had too few frames for their tokens.
+    def find_unalignable(self):
+        """Read the marks, which the device need not be waited for in every step."""
+        for marks, ids in self.unalignable:
+            self.short += [i for i, mark in zip(ids, marks.tolist(), strict=True) if mark]
+        self.unalignable.clear()
 
-        The marks are read here alone, for the device need not be waited for in every step.
-        """
-        short = [
-            i
-            for marks, ids in self.unalignable
-            for i, mark in zip(ids, marks.tolist(), strict=True)
-            if mark
-        ]
-        found = self.of_ranks((len(short), short[:5]))
+    def report_unalignable(self):
+        """Warn, once an epoch, of the utterances that had too few frames for their tokens."""
+        self.find_unalignable()
+        found = self.of_ranks((len(self.short), self.short[:5]))
         number = sum(count for count, _ in found)
         if number and if_main_process():
             logger.warning(

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import logging
 import os
 import pty
 import re
@@ -18,6 +17,7 @@ from speechbrain.lobes.models.transformer.TransformerLM import TransformerLM
 from speechbrain.utils.train_logger import TensorboardLogger
 
 from modules import loggers
+from modules.errors import UserError
 from tests.recipes import runs
 from tests.test_hparams import RECIPES
 
@@ -281,15 +281,14 @@ def test_tensorboard(tmp_path):
     assert len(losses) == 2  # training and validation
 
 
-def test_wandb_missing_is_a_warning(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_logger_that_does_not_start_is_told_before_work_starts(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with caplog.at_level(logging.WARNING):
-        hparams = {"output_folder": tmp_path, "train_log": tmp_path / "log", "use_wandb": True}
-        made = loggers.make_loggers({**hparams, "use_tensorboard": False})
-    assert "wandb is left out" in caplog.text
-    assert "pip install wandb" in caplog.text
-    made.log_stats({"epoch": 1}, train_stats={"loss": 1.0})
-    assert "epoch: 1" in (tmp_path / "log").read_text()
+    (tmp_path / "tensorboard").write_text("in the way")
+    with pytest.raises(UserError, match=rf"{name} does not start: .*--use_{name} False") as error:
+        runs.train(CTC, tmp_path, **{f"use_{name}": True})
+    assert ("pip install wandb" in str(error.value)) == (name == "wandb")
+    assert not runs.files_of(tmp_path / "save")
 
 
 def test_a_failing_logger_never_stops_training(tmp_path, monkeypatch):
@@ -297,16 +296,19 @@ def test_a_failing_logger_never_stops_training(tmp_path, monkeypatch):
 
     def fail(self, *args, **kwargs):
         calls.append(1)
-        raise OSError("disk full")
+        raise OSError("no route to host")
 
     monkeypatch.setattr(TensorboardLogger, "log_stats", fail)
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    runs.train(CTC, tmp_path, number_of_epochs=2, use_tensorboard=True, use_wandb=True)
+    runs.train(CTC, tmp_path, number_of_epochs=2, use_tensorboard=True)
     assert len(runs.log_lines(tmp_path)) == 2
     assert len(calls) == 1
     log = (tmp_path / "log.txt").read_text()
-    assert "tensorboard is left out, training goes on: disk full" in log
-    assert "wandb is left out" in log
+    assert "tensorboard is left out, training goes on: no route to host" in log
+
+
+def test_a_log_that_cannot_be_written_stops_with_a_message():
+    with pytest.raises(UserError, match=r"/dev/full cannot be written: .*No space left"):
+        loggers.TrainLoggers("/dev/full", {}).log_stats({"epoch": 1}, train_stats={"loss": 1.0})
 
 
 # ---- Language model ----

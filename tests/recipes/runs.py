@@ -141,7 +141,7 @@ def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def run(command, timeout=120, **more):
+def run(command, timeout=120, preexec_fn=None, **more):
     """Run to its end: CompletedProcess with text."""
     return subprocess.run(
         command,
@@ -150,6 +150,7 @@ def run(command, timeout=120, **more):
         timeout=timeout,
         cwd=ROOT,
         env=environment(**more),
+        preexec_fn=preexec_fn,
         check=False,
     )
 

@@ -1,0 +1,208 @@
+"""Runs that go on where they were stopped, to the bit: what is saved, when, and found again."""
+
+import logging
+import time
+
+import speechbrain as sb
+import torch
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from speechbrain.utils.distributed import ddp_broadcast
+
+from modules.checkpoints import newest, resumable
+from modules.errors import Stopped, UserError
+from modules.launch import on_main
+from modules.memory import HalvingBrain
+from modules.randomness import generator_states, set_generator_states
+from modules.signals import StopRequest
+from modules.workers import Restarting
+
+logger = logging.getLogger(__name__)
+
+
+@register_checkpoint_hooks
+class RankStates:
+    """What each process has of its own, as plain data: [state of rank 0, of rank 1, ...]."""
+
+    def __init__(self):
+        self.states = []
+
+    @mark_as_saver
+    def save(self, path):
+        torch.save(self.states, path)
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        self.states = torch.load(path, weights_only=True)
+
+
+class ResumingBrain(HalvingBrain):
+    """Saves within epochs and at a signal, and goes on as if it had never stopped.
+
+    SpeechBrain's Brain and loader recover the place in the epoch. Beside it each process's random
+    generators and counts of the epoch are saved. A checkpoint is written at the end of an
+    optimizer step only, so there are no gradients to save, and all processes agree on it.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Converted checkpoints hold weights and feature statistics, and nothing of a training.
+        self.checkpointer.allow_partial_load = True
+        self.ranks = RankStates()
+        self.checkpointer.add_recoverable("ranks", self.ranks)
+        self.stop_request = StopRequest()
+        self.granted = False, False
+        self.saved_at = 0.0, 0  # clock, batch of the epoch
+
+    # ---- Saving ----
+
+    def fit(self, *args, **kwargs):
+        """SpeechBrain's; raises Stopped when a signal has ended it and a checkpoint is saved."""
+        with self.stop_request:
+            super().fit(*args, **kwargs)
+        if self.stop_request.name:
+            self.stop()  # it came in the last moments
+
+    def _fit_train(self, train_set, epoch, enable):
+        super()._fit_train(Restarting(train_set), epoch, enable)
+
+    def _fit_valid(self, valid_set, epoch, enable):
+        super()._fit_valid(Restarting(valid_set), epoch, enable)
+
+    def requests(self):
+        """Whether this process wants a checkpoint, and an end, after the present step."""
+        clock, batch = self.saved_at
+        minutes, steps = self.ckpt_interval_minutes, self.ckpt_interval_steps
+        due = 0 < 60 * minutes <= time.monotonic() - clock or 0 < steps <= self.step - batch
+        return due, self.stop_request.name is not None
+
+    def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
+        """At the end of a step, when one process or another wants it."""
+        (save, stop), self.granted = self.granted, (False, False)
+        if stop:
+            self._save_intra_epoch_ckpt()
+            self.stop()
+        return save
+
+    def _save_intra_epoch_ckpt(self):
+        self.collect()
+        super()._save_intra_epoch_ckpt()
+        self.saved_at = time.monotonic(), self.step
+
+    def collect(self):
+        """Have every process's state ready for the main one to save."""
+        self.find_unalignable()
+        state = {
+            "generators": generator_states(),
+            "avg_train_loss": self.avg_train_loss,
+            "skipped_batches": self.skipped_batches,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "short": self.short,
+        }
+        self.ranks.states = self.of_ranks(state)
+
+    def stop(self):
+        raise Stopped(
+            f"stopped by {self.stop_request.name or 'a signal to another process'}; everything is "
+            f"saved in {self.checkpointer.checkpoints_dir}, and the same command goes on from there"
+        )
+
+    def evaluate_batch(self, batch, stage):
+        """Between batches of the validation too, a signal is heeded: as if it came before it."""
+        if stage == sb.Stage.VALID and any(self.sum_of_ranks(bool(self.stop_request.name))):
+            self.step, self.avg_train_loss = self.trained
+            self._save_intra_epoch_ckpt()
+            self.stop()
+        return super().evaluate_batch(batch, stage)
+
+    # ---- Going on ----
+
+    def on_fit_start(self):
+        """Recover this run's newest checkpoint, or start from `resume`."""
+        super().on_fit_start()
+        if self.checkpointer.find_checkpoint() is None and self.hparams.resume:
+            start = newest(self.found_checkpoints())
+            logger.info("Starting from %s", start.path)
+            self.checkpointer.load_checkpoint(start)
+        self.check_space()
+
+    def on_stage_start(self, stage, epoch=None):
+        """Fresh counts for a new epoch; those of one that goes on, and its random numbers."""
+        if stage != sb.Stage.TRAIN:
+            return
+        self.forget_epoch()
+        states, self.ranks.states = self.ranks.states, []
+        world_size = len(self.of_ranks(None))
+        if len(states) == world_size:
+            self.restore(states[self.rank if self.distributed_launch else 0])
+        elif states:
+            logger.warning(
+                "The checkpoint is of %d processes, and these are %d: training goes on, but not "
+                "to the bit as it would have",
+                len(states),
+                world_size,
+            )
+        self.saved_at = time.monotonic(), self.step
+
+    def restore(self, state):
+        set_generator_states(state["generators"])
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        if self.step:
+            self.avg_train_loss = state["avg_train_loss"]
+            self.skipped_batches = state["skipped_batches"]
+            self.short = state["short"]
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        if stage == sb.Stage.TRAIN:
+            self.trained = self.step, self.avg_train_loss
+
+    def found_checkpoints(self):
+        """This run's whole checkpoints; those that `resume` names when it has none yet.
+
+        The same in every process, and so is a UserError.
+        """
+        found = []
+
+        def find():
+            found.extend(self.checkpointer.whole())
+            if self.hparams.resume and not found:
+                found.extend(resumable(self.hparams.resume))
+
+        on_main(find)
+        return ddp_broadcast(found)
+
+    # ---- Before the first step ----
+
+    def check_start(self):
+        """UserError when the checkpoint to go on from is missing, or of another model."""
+        start = newest(self.found_checkpoints())
+        if start is None:
+            return
+        theirs = torch.load(start.paramfiles["model"], "cpu", weights_only=True, mmap=True)
+        ours = self.hparams.model.state_dict()
+        shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (theirs, ours)]
+        for name in shapes[0] | shapes[1]:
+            there, here = (s.get(name, "missing") for s in shapes)
+            if there != here:
+                raise UserError(
+                    f"the model in {start.path} is another ({name}: {there} there, {here} here); "
+                    "give the options it was trained with (hyperparams.yaml in its output "
+                    "folder), or a new --output_folder"
+                )
+
+    def check_space(self):
+        """UserError unless the disk takes all checkpoints that this run will have at a time."""
+        counter = self.hparams.epoch_counter
+        epochs = counter.limit - counter.current
+        if epochs <= 0:
+            return
+        # The best and the newest are kept, and one within an epoch; one more is being written.
+        within = self.ckpt_interval_minutes > 0 or self.ckpt_interval_steps > 0
+        most = 2 * self.hparams.avg_checkpoints + within + 1
+        copies = min(most - len(self.checkpointer.list_checkpoints()), epochs + within)
+        missing = self.checkpointer.space_missing(self.hparams.model, max(copies, 1))
+        if missing:
+            raise UserError(missing)

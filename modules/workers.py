@@ -1,0 +1,58 @@
+"""Loading that outlives its worker processes: those that are killed are started again."""
+
+import logging
+import signal
+import threading
+
+from modules.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Restarting:
+    """A DataLoader's batches, all of them and in order, whatever becomes of its workers.
+
+    Augmentation is drawn by the utterance, so the new workers give what the old ones would have.
+
+    Arguments
+    ---------
+    loader : SaveableDataLoader
+    limit : int
+        UserError once the workers have died so often in one pass.
+    """
+
+    def __init__(self, loader, limit=5):
+        self.loader, self.limit = loader, limit
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        deaths = 0
+        while True:
+            iterator = iter(self.loader)
+            wait_to_be_told()
+            try:
+                yield from iterator
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                deaths += 1
+                if deaths == self.limit:
+                    raise UserError(
+                        f"processes that load data were killed {deaths} times ({error}); often the "
+                        "machine's memory is short: lower --num_workers"
+                    ) from error
+                logger.warning("%s; all are started again", error)
+                # As SpeechBrain's loader goes on after a checkpoint was read.
+                self.loader._speechbrain_recovery_skip_to = iterator._num_yielded
+
+
+def wait_to_be_told():
+    """Let the next batch's reader find out that a worker is gone.
+
+    PyTorch's handler raises wherever the main thread is, a step half done.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -1,0 +1,119 @@
+"""Processes that die, and places that cannot be written to."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from speechbrain.dataio.dataloader import SaveableDataLoader
+
+from modules.errors import UserError
+from modules.lock import FolderLock
+from modules.workers import Restarting
+from tests.recipes import runs
+from tests.test_distributed import finish, start_ranks
+from tests.test_exact_resume import EVERYTHING, TWO, faulty
+
+CTC = "CTC/conmamba_tiny.yaml"
+
+
+# ---- Workers that load data ----
+
+
+class Deadly(torch.utils.data.Dataset):
+    """Numbers, of which one kills its reader, as often as there are files to count it."""
+
+    def __init__(self, folder, deaths):
+        for i in range(deaths):
+            (folder / str(i)).touch()
+        self.folder = folder
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        left = list(self.folder.iterdir())
+        if i == 7 and left:
+            left[0].unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return i
+
+
+def test_workers_that_are_killed_are_started_again(tmp_path, caplog):
+    loader = SaveableDataLoader(Deadly(tmp_path, 2), batch_size=2, num_workers=2)
+    batches = [batch.tolist() for batch in Restarting(loader)]
+    assert batches == [[i, i + 1] for i in range(0, 12, 2)]
+    assert caplog.text.count("all are started again") == 2
+
+
+def test_workers_that_are_always_killed_end_the_run(tmp_path):
+    loader = SaveableDataLoader(Deadly(tmp_path, 9), batch_size=2, num_workers=2)
+    with pytest.raises(UserError, match=r"killed 2 times \(DataLoader worker.*lower --num_workers"):
+        list(Restarting(loader, limit=2))
+
+
+def test_other_errors_of_workers_are_not_hidden():
+    loader = SaveableDataLoader([1, "x"], num_workers=1, collate_fn=lambda items: items[0] + 1)
+    with pytest.raises(TypeError):
+        list(Restarting(loader))
+
+
+# ---- One of several processes ----
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_in_bounded_time(tmp_path):
+    options = EVERYTHING | {"num_workers": 1, "ckpt_interval_steps": 2}
+    process = start_ranks(faulty("SIGKILL", 5, 1, tmp_path, **options)[1:], *TWO)
+    status, output = finish(process)
+    ended = time.time()
+    assert status == 1, output
+    assert "error: another process ended or does not answer" in output
+    assert "Signal 9 (SIGKILL)" in output
+    (folder,) = (tmp_path / "save").glob("CKPT+*")
+    assert ended - folder.stat().st_mtime < 60
+    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=folder, check=True)
+
+
+# ---- Output folders ----
+
+
+def test_a_read_only_output_folder(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", str(tmp_path)]
+    try:
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting a tmpfs is not permitted")
+    except FileNotFoundError:
+        pytest.skip("there is no mount here")
+    try:
+        for place in (tmp_path, tmp_path / "run"):
+            with pytest.raises(UserError, match=r"no permission to write to .*--output"):
+                runs.train(CTC, place)
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+HOLD = """
+import os, sys, time
+from modules.lock import FolderLock
+FolderLock(sys.argv[1]).acquire()
+if os.fork() == 0:  # a worker that is slow to notice
+    time.sleep(2)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(100)
+"""
+
+
+def test_the_workers_of_a_killed_run_are_waited_for(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=runs.ROOT)
+    assert process.stdout.readline() == "held\n"
+    process.kill()
+    process.wait()
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    lock.release()
