@@ -34,6 +34,8 @@ def prepare_manifests(hparams):
         sample_rate=hparams["sample_rate"],
         max_seconds=hparams["max_seconds"],
         max_bad_fraction=hparams["max_bad_fraction"],
+        # CTC can spell no other; subword units are learnt from whatever there is.
+        allowed_characters=hparams.get("alphabet"),
     )
 
 

@@ -36,7 +36,7 @@ class ManifestSource:
             if isinstance(row, dict):
                 try:
                     self.rows.append(self._utterance(row))
-                except BadRow as error:
+                except RowError as error:
                     row = Fault(BAD_ROW, where, str(error))
             if isinstance(row, Fault):
                 self.faults.append(row)
@@ -57,24 +57,24 @@ class ManifestSource:
             values[name] = row[found[0]] if found else None
         for name in ("audio", "text"):
             if not isinstance(values[name], str):
-                raise BadRow(
+                raise RowError(
                     f"no {' or '.join(COLUMNS[name])} (a string) among "
                     f"{', '.join(map(str, row)) or 'no fields'}"
                 )
         for name in ("id", "speaker"):
             if not isinstance(values[name], str | int | float | None):
-                raise BadRow(f"the {name} is a {type(values[name]).__name__}; give text")
+                raise RowError(f"the {name} is a {type(values[name]).__name__}; give text")
         if not values["audio"].strip():
-            raise BadRow("the audio path is empty")
+            raise RowError("the audio path is empty")
         if _number(values["offset"], "offset"):
-            raise BadRow(
+            raise RowError(
                 f"offset={values['offset']}, but segments of a longer file are not supported; cut "
                 "the audio into one file a sentence"
             )
         stated = _number(values["duration"], "duration")
         audio = values["audio"].strip()
         if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in audio):
-            raise BadRow(f"{audio!r} is no path")
+            raise RowError(f"{audio!r} is no path")
         for variable in ("{data_root}", "$data_root"):
             audio = audio.replace(variable, self.root)
         audio = os.path.normpath(os.path.join(self.root, audio))
@@ -85,7 +85,7 @@ class ManifestSource:
         return Utterance(identity, audio, text, speaker or "unknown", speaker), stated
 
 
-class BadRow(ValueError):
+class RowError(ValueError):
     """What is wrong with one row."""
 
 
@@ -98,7 +98,7 @@ def _number(value, name):
     except (TypeError, ValueError, OverflowError):
         seconds = float("nan")
     if not 0 <= seconds < float("inf"):
-        raise BadRow(f"{name}={value!r} is not a number of seconds")
+        raise RowError(f"{name}={value!r} is not a number of seconds")
     return seconds
 
 

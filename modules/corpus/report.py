@@ -37,7 +37,8 @@ REMEDIES = {
     NO_TEXT: "add a line 'ID TEXT' to the .trans.txt file, or remove the audio",
     NO_AUDIO: "restore the audio file, or remove the line",
     EMPTY_TEXT: "write the words behind the id, or remove the utterance",
-    BAD_CHARACTERS: "normalise the text, or widen allowed_characters (alphabet)",
+    BAD_CHARACTERS: "normalise the text, or widen allowed_characters (in a recipe set --alphabet "
+    "and --output_neurons)",
     NOT_UTF8: "convert the file: iconv -f latin1 -t utf-8",
     BAD_ROW: "correct the row, or remove it",
     DUPLICATE: "rename one of the two, or remove it",
@@ -111,7 +112,7 @@ class SplitReport:
 
 
 def quarantine_text(reports):
-    """A table of everything that was left out: split, fault, where (a path, or FILE:LINE), detail."""
+    """A table of what was left out: split, fault, where (a path, or FILE:LINE), detail."""
     file = io.StringIO()
     writer = csv.writer(file, "excel-tab", lineterminator="\n")
     writer.writerow(["split", "fault", "where", "detail"])
