@@ -1,6 +1,7 @@
 """ASRBrain: what training with CTC and with S2S have in common."""
 
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from modules.loggers import make_loggers
 from modules.losses import too_few_frames
 from modules.nonfinite import FiniteBrain
 from modules.optimizers import advance_before_steps, fused, parameter_groups
+from modules.tensors import load_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +107,7 @@ class ASRBrain(FiniteBrain):
 
     def on_stage_start(self, stage, epoch=None):
         """Fresh counts for training, fresh metrics for validation and test."""
+        self.unread = []
         if stage == sb.Stage.TRAIN:
             self.forget_epoch()
         else:
@@ -119,6 +122,9 @@ class ASRBrain(FiniteBrain):
 
     def evaluate_batch(self, batch, stage):
         """SpeechBrain's, on the right device and with a stopwatch for the real-time factor."""
+        self.note_unread(batch.unread)
+        if batch.lost:
+            return torch.tensor(math.nan)
         batch = batch.to(self.device)
         started = time.perf_counter()
         loss = super().evaluate_batch(batch, stage)
@@ -168,6 +174,7 @@ class ASRBrain(FiniteBrain):
         advance_before_steps(self.hparams.lr_scheduler, self.optimizer)
 
     def fit_batch(self, batch):
+        self.note_unread(batch.unread)
         return super().fit_batch(batch.to(self.device))
 
     def _train_loader_specifics(self, dataset, loader_kwargs):
@@ -180,6 +187,22 @@ class ASRBrain(FiniteBrain):
         )
         return {**loader_kwargs, "batch_sampler": self.train_sampler}
 
+    # ---- Files that cannot be read ----
+
+    def note_unread(self, unread):
+        """Name the utterances that a batch has to do without: [(id, why)]."""
+        for name, why in unread:
+            logger.warning("%s cannot be read and is left out: %s", name, why)
+        self.unread += unread
+
+    def count_unread(self):
+        """How many there were in all processes; the main one's log names the others' too."""
+        first, *others = self.of_ranks(self.unread)
+        if if_main_process():
+            for unread in others:
+                self.note_unread(unread)
+        return len(first) + sum(map(len, others))
+
     # ---- Stages ----
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
@@ -189,10 +212,14 @@ class ASRBrain(FiniteBrain):
             if self.skipped_batches:
                 self.train_stats["skipped batches"] = self.skipped_batches
             self.report_unalignable()
+            if unread := self.count_unread():
+                self.train_stats["unread files"] = unread
             if self.graphs is not None:
                 self.graphs.report()
         elif stage == sb.Stage.VALID:
             stats = {"loss": stage_loss, **self.validation_statistics()}
+            if self.unread:
+                stats["unread files"] = len(self.unread)
             self.loggers.log_stats(
                 {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **self.step_count()},
                 train_stats=self.train_stats,
@@ -234,6 +261,8 @@ class ASRBrain(FiniteBrain):
         """Write `wer_<test set>.txt` and remember the numbers for the summary."""
         rates = self.error_rates()
         rates["RTF"] = self.search_seconds / max(self.audio_seconds, 1e-9)
+        if self.unread:
+            rates["unread files"] = len(self.unread)
         self.results[self.test_set] = rates
         self.loggers.log_stats(
             {"test set": self.test_set, "epochs": self.hparams.epoch_counter.current},
@@ -268,7 +297,7 @@ class ASRBrain(FiniteBrain):
         start = newest(self.found_checkpoints())
         if start is None:
             return
-        theirs = torch.load(start.paramfiles["model"], "cpu", weights_only=True, mmap=True)
+        theirs = load_tensors(start.paramfiles["model"], mmap=True)
         ours = self.hparams.model.state_dict()
         shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (theirs, ours)]
         for name in shapes[0] | shapes[1]:

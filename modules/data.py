@@ -7,7 +7,6 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler, ReproducibleRandomSampler
 from torch.utils.data import BatchSampler, Sampler
@@ -17,6 +16,7 @@ from modules.checkpoints import newest, resumable
 from modules.errors import UserError
 from modules.language_model import fetch
 from modules.launch import on_main
+from modules.waveforms import Batch, Unread, read_audio
 
 
 def prepare_manifests(hparams):
@@ -72,18 +72,21 @@ def load_datasets(hparams):
 def add_pipelines(hparams, train, valid, tests, text_pipeline, text_keys):
     """Attach audio and text pipelines; training audio is speed-perturbed.
 
+    Of a file that cannot be read, `sig` is an Unread, which batches leave out.
     text_pipeline (transcript) yields a value a key of text_keys; `wrd` stays beside them.
     """
 
-    @sb.utils.data_pipeline.takes("wav")
+    @sb.utils.data_pipeline.takes("wav", "duration")
     @sb.utils.data_pipeline.provides("sig")
-    def read(wav):
-        return sb.dataio.dataio.read_audio(wav)
+    def read(wav, duration):
+        return read_audio(wav, hparams["sample_rate"], float(duration))
 
-    @sb.utils.data_pipeline.takes("wav")
+    @sb.utils.data_pipeline.takes("wav", "duration")
     @sb.utils.data_pipeline.provides("sig")
-    def read_perturbed(wav):
-        sig = sb.dataio.dataio.read_audio(wav)
+    def read_perturbed(wav, duration):
+        sig = read(wav, duration)
+        if isinstance(sig, Unread):
+            return sig
         return hparams["speed_perturb"](sig.unsqueeze(0)).squeeze(0)
 
     takes = sb.utils.data_pipeline.takes("wrd")
@@ -182,7 +185,7 @@ def eval_loader_options(hparams, dataset, seconds=None):
 
 def worker_options(hparams):
     workers = hparams["num_workers"]
-    options = {"num_workers": workers, "collate_fn": PaddedBatch, "pin_memory": False}
+    options = {"num_workers": workers, "collate_fn": Batch, "pin_memory": False}
     if workers:
         options["worker_init_fn"] = limit_worker_threads
     return options
