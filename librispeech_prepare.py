@@ -212,8 +212,8 @@ def main(argv=None):
         'with lines like {"audio_filepath": "a.flac", "text": "HELLO"}. '
         "Audio must be mono and of one sample rate. Sentences that cannot be used are left out "
         f"and listed in SAVE_FOLDER/{QUARANTINE} and, with remedies, in {REPORT}. Example: "
-        "python librispeech_prepare.py /data/LibriSpeech manifests --train train-clean-100 train-clean-360 "
-        "--dev dev-clean --test test-clean test-other --merge train.csv",
+        "python librispeech_prepare.py /data/LibriSpeech manifests --train train-clean-100 "
+        "train-clean-360 --dev dev-clean --test test-clean test-other --merge train.csv",
     )
     parser.add_argument("data_folder", help="where the splits are")
     parser.add_argument("save_folder", help="where the manifests go")
