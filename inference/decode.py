@@ -118,9 +118,9 @@ def stated_seconds(container, stream):
 
     if container.format.name not in TIMED:
         return None
-    if stream.duration is not None:
+    if stream.duration:
         return float(stream.duration * stream.time_base)
-    if len(container.streams) > 1 or container.duration is None:  # pictures may last longer
+    if len(container.streams) > 1 or not container.duration:  # pictures may last longer
         return None
     return container.duration / av.time_base
 
@@ -128,13 +128,16 @@ def stated_seconds(container, stream):
 def container_blocks(path, rate, seconds):
     import av
 
-    decoded = 0
+    decoded = reached = 0.0  # s: of pauses that are not stored only the time remains
     try:
         with av.open(str(path)) as container:
             # One rate and number type; the channels stay as they are.
             resampler = av.AudioResampler(format="fltp", rate=rate)
             held = []
-            for frame in container.decode(container.streams.audio[0]):
+            stream = container.streams.audio[0]
+            start = float((stream.start_time or 0) * stream.time_base)
+            for frame in container.decode(stream):
+                reached = max(reached, (frame.time or 0) - start + frame.samples / frame.rate)
                 held += map(mono, resampler.resample(frame))
                 if sum(map(len, held)) >= rate:
                     block, held = torch.cat(held), []
@@ -144,10 +147,9 @@ def container_blocks(path, rate, seconds):
                     yield block
             held += map(mono, resampler.resample(None))
             if held:
-                decoded += sum(map(len, held)) / rate
                 yield torch.cat(held)
-        if seconds is not None and decoded < seconds - TOLERANCE:
-            raise UserError(ends_early(path, f"it says {seconds:.2f} s and has {decoded:.2f} s"))
+        if seconds is not None and reached < seconds - TOLERANCE:
+            raise UserError(ends_early(path, f"it says {seconds:.2f} s and has {reached:.2f} s"))
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({reason_of(error)}); convert it again") from None
 

@@ -9,6 +9,7 @@ import struct
 from dataclasses import dataclass
 
 WRITTEN_TO_A_PIPE = 0x7FFFF000  # sizes from here on stand for "not known yet"
+MOST_CHUNKS = 1000  # before the samples: more is no recording
 OGG_PAGE = 65307  # bytes at most
 MP3_PADDING = 5000  # samples that an encoder adds, and decoders take away
 
@@ -69,7 +70,9 @@ def samples_bytes(file, chunks, size):
     """Where the samples begin and how many bytes the header says they are; None: no such chunk."""
     position, long_size = chunks.start, None
     header = chunks.name + struct.calcsize(chunks.size)
-    while position + header <= size:
+    for _ in range(MOST_CHUNKS):
+        if position + header > size:
+            break
         file.seek(position)
         name = file.read(chunks.name)
         (length,) = struct.unpack(chunks.size, file.read(header - chunks.name))

@@ -1,6 +1,7 @@
 """The audio of an utterance, checked against its manifest, and batches of what can be used."""
 
 import math
+import os
 from dataclasses import dataclass
 
 import soundfile as sf
@@ -26,6 +27,8 @@ def read_audio(path, sample_rate, seconds):
     A file may change after preparation: a disk fails, a copy breaks off.
     """
     try:
+        if not os.path.isfile(path):
+            raise FileNotFoundError("there is no such file")
         with sf.SoundFile(path) as audio:
             why = difference(path, audio, sample_rate, seconds)
             if why is None:
@@ -34,7 +37,7 @@ def read_audio(path, sample_rate, seconds):
                     return torch.from_numpy(x)
                 why = f"breaks off after {len(x)} of {audio.frames} samples"
     except (sf.LibsndfileError, OSError, TypeError) as error:  # TypeError: raw data, no header
-        why = (str(error).splitlines() or ["unreadable"])[0]
+        why = getattr(error, "error_string", str(error)) or "unreadable"
     return Unread(f"{path}: {why}", math.ceil(seconds * sample_rate))
 
 

@@ -74,6 +74,19 @@ def packed(path, codec, size, options):
 
 
 @pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "aac", {"movflags": "frag_keyframe+empty_moov"}),
+        ("a.webm", "libopus", {"live": "1"}),
+    ],
+)
+def test_what_does_not_tell_its_length_is_read_to_its_end(name, codec, options, tmp_path):
+    """As browsers and phones record it."""
+    packed(tmp_path / name, codec, 960 if codec == "libopus" else 1024, options)
+    assert samples(tmp_path / name) == pytest.approx(RATE * SECONDS, abs=RATE / 10)
+
+
+@pytest.mark.parametrize(
     ("name", "codec", "size"), [("a.m4a", "aac", 1024), ("a.webm", "libopus", 960)]
 )
 def test_kinds_that_pyav_reads(name, codec, size, tmp_path):
