@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 
 from modules.corpus.options import check_options, check_outputs, names_of, sentences_per_split
-from modules.corpus.report import text_report
+from modules.corpus.report import quarantine_text, text_report
 from modules.corpus.split import open_split, read_split
 from modules.corpus.store import (
     fingerprint,
@@ -25,8 +25,8 @@ from modules.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-REPORT = "prepare_report.txt"
-VERSION = 1  # of what is written; a new one makes every folder prepare again
+REPORT, QUARANTINE = "prepare_report.txt", "quarantine.tsv"
+VERSION = 2  # of what is written; a new one makes every folder prepare again
 EXAMPLES = 3  # paths a kind of fault that go to the log; the report file has all
 
 
@@ -44,8 +44,10 @@ def prepare_librispeech(
     sample_rate=16000,
     min_seconds=0.1,
     max_seconds=60.0,
+    max_clipped=0.01,
     allowed_characters=None,
     max_bad_fraction=0.05,
+    headers_only=False,
     workers=None,
 ):
     """Write `<save_folder>/<split>.csv` (ID, duration, wav, spk_id, wrd) for every split.
@@ -54,10 +56,11 @@ def prepare_librispeech(
     manifest `<data_folder>/<split>.csv` (ID, wav, wrd) or `.jsonl` (audio_filepath, text).
     Text is kept as it is, runs of blanks aside. Sentences are in order of their ids.
 
-    What cannot be used (broken or empty audio, another sample rate, more than one channel, no
+    What cannot be used (audio that is broken, cut off, silent, clipped or of another rate, no
     text, an id given twice ...) is left out, and never silently: counts and examples go to the
-    log, every path to `<save_folder>/prepare_report.txt`. More than `max_bad_fraction` of a
-    split left out, or nothing usable in it, is an error, and no manifest is written then.
+    log, every path to `<save_folder>/quarantine.tsv` and, for people, `prepare_report.txt`. More
+    than `max_bad_fraction` of a split left out, or nothing usable in it, is an error, and no
+    manifest is written then.
 
     Nothing is done if the folder already holds what the same options would write from the same
     files (by size and time of change). Files come into place complete or not at all.
@@ -71,8 +74,10 @@ def prepare_librispeech(
     skip_prep : do nothing at all.
     sample_rate : expected, in Hz.
     min_seconds, max_seconds : audio outside of this is left out; `max_seconds=None`: no limit.
+    max_clipped : the share of an utterance's samples that may be at full scale.
     allowed_characters : the characters that text may have, besides the space; None: any.
     max_bad_fraction : the share of a split that may be left out (0: none at all).
+    headers_only : believe the headers and the ends of audio files instead of decoding them.
     workers : threads that open audio files; None: two a CPU.
 
     Raises UserError for whatever the user can put right.
@@ -83,7 +88,13 @@ def prepare_librispeech(
     groups = [names_of(s) for s in (tr_splits, dev_splits, te_splits)]
     splits = [name for group in groups for name in group]
     merge_lst = names_of(merge_lst)
-    limits = {"sample_rate": sample_rate, "min_seconds": min_seconds, "max_seconds": max_seconds}
+    limits = {
+        "sample_rate": sample_rate,
+        "min_seconds": min_seconds,
+        "max_seconds": max_seconds,
+        "max_clipped": max_clipped,
+        "headers_only": headers_only,
+    }
     check_options(data_folder, splits, merge_lst, merge_name, max_bad_fraction, limits)
     wanted = sentences_per_split(select_n_sentences, splits)
     sources = {split: open_split(data_folder, split) for split in splits}
@@ -154,7 +165,13 @@ def _note_overlaps(groups, reports):
 
 def _publish(data_folder, save_folder, reports, max_bad_fraction):
     """Log and write the report; raises UserError if a split is not fit for use."""
-    write_files(save_folder, {REPORT: text_report(data_folder, reports.values())})
+    write_files(
+        save_folder,
+        {
+            REPORT: text_report(data_folder, reports.values()),
+            QUARANTINE: quarantine_text(reports.values()),
+        },
+    )
     path = os.path.join(save_folder, REPORT)
     refused = []
     for report in reports.values():
@@ -194,9 +211,9 @@ def main(argv=None):
         "manifest DATA_FOLDER/SPLIT.csv with columns ID,wav,wrd, or DATA_FOLDER/SPLIT.jsonl "
         'with lines like {"audio_filepath": "a.flac", "text": "HELLO"}. '
         "Audio must be mono and of one sample rate. Sentences that cannot be used are left out "
-        f"and listed in SAVE_FOLDER/{REPORT}. Example: python librispeech_prepare.py "
-        "/data/LibriSpeech manifests --train train-clean-100 train-clean-360 --dev dev-clean "
-        "--test test-clean test-other --merge train.csv",
+        f"and listed in SAVE_FOLDER/{QUARANTINE} and, with remedies, in {REPORT}. Example: "
+        "python librispeech_prepare.py /data/LibriSpeech manifests --train train-clean-100 "
+        "train-clean-360 --dev dev-clean --test test-clean test-other --merge train.csv",
     )
     parser.add_argument("data_folder", help="where the splits are")
     parser.add_argument("save_folder", help="where the manifests go")
@@ -226,6 +243,25 @@ def main(argv=None):
         default=0.05,
         help="share of a split that may be left out before it is an error (%(default)s)",
     )
+    parser.add_argument(
+        "--strict",
+        dest="max_bad_fraction",
+        action="store_const",
+        const=0.0,
+        help="the same as --max-bad-fraction 0: nothing may be left out",
+    )
+    parser.add_argument(
+        "--max-clipped",
+        type=float,
+        default=0.01,
+        help="share of an utterance's samples that may be at full scale (%(default)s; 1: all)",
+    )
+    parser.add_argument(
+        "--headers-only",
+        action="store_true",
+        help="do not decode the audio: quicker, and NaN, silence, clipping and damage in the "
+        "middle go unseen",
+    )
     parser.add_argument("--workers", type=int, help="threads that open audio (two a CPU)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -242,8 +278,10 @@ def main(argv=None):
             sample_rate=args.sample_rate,
             min_seconds=args.min_seconds,
             max_seconds=args.max_seconds,
+            max_clipped=args.max_clipped,
             allowed_characters=args.characters,
             max_bad_fraction=args.max_bad_fraction,
+            headers_only=args.headers_only,
             workers=args.workers,
         )
     except UserError as error:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-from speechbrain.dataio.batch import PaddedBatch
 from torch import nn
 
 from modules import launch
 from modules.lengths import relative
+from modules.waveforms import Batch
 from train_S2S import ASR
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,7 +182,7 @@ def make_batch(brain, number, seconds, tokens_a_second=60 / 16):
                 "tokens_eos": torch.cat([ids, eos]),
             }
         )
-    return PaddedBatch(examples).to(brain.device)
+    return Batch(examples).to(brain.device)
 
 
 def batch_size(text):

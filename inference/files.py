@@ -1,16 +1,17 @@
 """A package's files, read strictly: what is missing, unexpected or damaged is an error."""
 
 import json
-import os
-import pickle
 
-import torch
 from torch import nn
 
 from inference.parts import FORMAT, MODEL
 from modules.errors import UserError
 from modules.language_model import load_language_model
+from modules.tensors import load_tensors
 from modules.tokenizer import SubwordTokenizer
+
+LARGEST = 1 << 20  # bytes of a configuration
+LENGTHS = ("whole_seconds", "window_seconds")
 
 
 def load_parts(parts, config, folder):
@@ -44,12 +45,15 @@ def present(path):
 
 def read_config(path):
     """config.json as plain data; UserError when it is none, or of another format."""
+    if (size := present(path).stat().st_size) > LARGEST:
+        raise UserError(f"{path} has {size} bytes; no package's configuration has {LARGEST}")
     try:
-        config = json.loads(present(path).read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
         form = config["format"]
         if form == FORMAT:
-            config["sample_rate"], config["parts"]
-    except (ValueError, KeyError, TypeError):
+            {name: int(config[name]) for name in ("sample_rate", *LENGTHS) if name in config}
+            config["sample_rate"], config["parts"].items()
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UserError(f"{path} is damaged, or no package's configuration") from None
     if form != FORMAT:
         raise UserError(
@@ -58,22 +62,9 @@ def read_config(path):
     return config
 
 
-def load_tensors(path):
-    """A dict of tensors and numbers; UserError when the file is damaged or holds anything else."""
-    present(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        size = os.path.getsize(path)
-        raise UserError(
-            f"{path} ({size} bytes) is damaged: {reason}; copy the package again"
-        ) from None
-
-
 def load_weights(model, path):
     """Load strictly; UserError naming every missing, unexpected or misshapen weight."""
-    weights, wanted = load_tensors(path), model.state_dict()
+    weights, wanted = load_tensors(present(path)), model.state_dict()
     problems = [f"missing weight {name!r}" for name in wanted if name not in weights]
     problems += [f"unexpected weight {name!r}" for name in weights if name not in wanted]
     problems += [
@@ -91,7 +82,7 @@ def load_weights(model, path):
 
 def load_statistics(normalize, path):
     """Read the feature statistics of a package or a checkpoint."""
-    stats = load_tensors(path)
+    stats = load_tensors(present(path))
     names = ("count", "glob_mean", "glob_std")
     if not isinstance(stats, dict) or set(stats) != set(names):
         raise UserError(f"{path} does not hold {', '.join(names)} and nothing else")

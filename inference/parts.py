@@ -21,6 +21,9 @@ from modules.search import CTCSearch, JointBeamSearch
 from modules.tokenizer import CharacterTokenizer, SubwordTokenizer
 
 FORMAT = 1  # of config.json; another number is refused
+LARGEST = 1 << 20  # a whole number in a configuration
+# What classes raise for arguments that do not fit, memory that is not there included.
+WRONG = (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError)
 MODEL = ("frontend", "encoder", "ctc_head", "decoder", "seq_head")  # the parts with weights
 
 # A name that is not here is refused, so a package cannot make Python import or call anything else.
@@ -55,7 +58,7 @@ def build_parts(config):
     for name, node in config.items():
         try:
             parts[name] = build(node, parts)
-        except (TypeError, ValueError) as error:
+        except (*WRONG, MemoryError) as error:
             raise UserError(f"the part {name!r} cannot be made: {error}") from None
     return parts
 
@@ -65,6 +68,8 @@ def build(node, parts):
     if isinstance(node, list):
         return [build(n, parts) for n in node]
     if not isinstance(node, dict):
+        if isinstance(node, int) and abs(node) > LARGEST:
+            raise UserError(f"{node} is larger than any size or rate of a model here; correct it")
         return node
     kind = next(iter(node.keys() & {"new", "factory", "part"}), None)
     if kind is None:

@@ -1,5 +1,6 @@
 """An output folder's hyperparams.yaml to plain data: read as text, nothing in it is executed."""
 
+import contextlib
 from pathlib import Path
 
 import yaml
@@ -18,6 +19,10 @@ PARTS = {  # the package's name of a part: the YAML file's
     "tokenizer": "tokenizer",
 }
 TAGS = {"!new:": "new", "!name:": "factory"}
+LARGEST = 1 << 16  # bytes of a file: the shipped ones have a sixth of that
+MOST = 10_000  # nodes of a value, its aliases written out
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C bounds its depth
+SEQUENCE, MAPPING = "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
 
 
 class Resolved:
@@ -27,11 +32,13 @@ class Resolved:
     """
 
     def __init__(self, path):
+        if (size := Path(path).stat().st_size) > LARGEST:
+            raise UserError(f"{path} has {size} bytes; training writes less than {LARGEST}")
         try:
-            root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=LOADER)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"{path} is not a YAML file: {error}") from None
-        if not isinstance(root, yaml.MappingNode):
+        if not isinstance(root, yaml.MappingNode) or not are_names(root):
             raise UserError(f"{path} holds no keys; give the file that training wrote")
         self.path = path
         self.nodes = {key.value: node for key, node in root.value}
@@ -47,22 +54,30 @@ class Resolved:
         """
         if key not in self.nodes:
             raise UserError(f"{self.path} lacks the key {key}; it is not this project's recipe")
-        nodes = {id(self.nodes[PARTS[name]]): name for name in named}
-        return self.plain(self.nodes[key], nodes, key)
+        nodes = {id(self.nodes[PARTS[name]]): name for name in named if PARTS[name] in self.nodes}
+        self.left = MOST
+        try:
+            return self.plain(self.nodes[key], nodes, key)
+        except RecursionError:
+            raise UserError(f"{self.path}: {key} is nested too deeply; write it plainly") from None
 
     def plain(self, node, named, key):
+        self.left -= 1
+        if self.left < 0:
+            raise UserError(f"{self.path}: {key} holds over {MOST} values; write it plainly")
         if id(node) in named:
             return {"part": named[id(node)]}
         prefix = next((tag for tag in TAGS if node.tag.startswith(tag)), None)
         if prefix is not None:
             return self.plain_object(node, prefix, named, key)
-        if node.tag.startswith("!"):
-            raise UserError(f"{key} holds {node.tag}, which is no plain value; write the value")
-        if isinstance(node, yaml.SequenceNode):
+        if isinstance(node, yaml.SequenceNode) and node.tag == SEQUENCE:
             return [self.plain(n, named, key) for n in node.value]
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, yaml.MappingNode) and node.tag == MAPPING and are_names(node):
             return {k.value: self.plain(v, named, key) for k, v in node.value}
-        return self.loader.construct_object(node)
+        if isinstance(node, yaml.ScalarNode) and not node.tag.startswith("!"):
+            with contextlib.suppress(yaml.YAMLError, ValueError):
+                return self.loader.construct_object(node)
+        raise UserError(f"{key} holds {node.tag}, which is no plain value; write the value")
 
     def plain_object(self, node, prefix, named, key):
         name = node.tag.removeprefix(prefix)
@@ -71,7 +86,7 @@ class Resolved:
                 f"{key} is made by {name}, which a package cannot hold; known are "
                 f"{', '.join(CLASSES)} (inference/parts.py)"
             )
-        if isinstance(node, yaml.SequenceNode):
+        if isinstance(node, yaml.SequenceNode) or not are_names(node):
             raise UserError(f"{key}: give the arguments of {name} by name")
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         return {TAGS[prefix]: name} | {k.value: self.plain(v, named, key) for k, v in pairs}
@@ -89,11 +104,27 @@ class Resolved:
             ) from None
 
 
+def are_names(node):
+    """Whether the keys of a mapping, where a node is one, are plain names."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return all(isinstance(key, yaml.ScalarNode) for key, _ in pairs)
+
+
 def configuration(resolved, use_lm=True):
     """The package's configuration of a resolved YAML file: what transcribing needs, no more.
 
     use_lm: whether the test stage's language model goes along, if it has one.
+    UserError for whatever is not as training writes it.
     """
+    try:
+        return read_configuration(resolved, use_lm)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{resolved.path} is not as training wrote it: {type(error).__name__} {error}"
+        ) from None
+
+
+def read_configuration(resolved, use_lm):
     order = resolved.model_order()
     parts = {n: resolved.value(PARTS[n]) for n in PARTS if n not in MODEL or n in order}
     config = {"format": FORMAT, "sample_rate": resolved.value("sample_rate"), "parts": parts}

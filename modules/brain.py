@@ -105,6 +105,7 @@ class ASRBrain(ResumingBrain):
 
     def on_stage_start(self, stage, epoch=None):
         """Fresh metrics for validation and test."""
+        self.unread = []
         super().on_stage_start(stage, epoch)
         if stage != sb.Stage.TRAIN:
             self.wer = ErrorRateStats()
@@ -118,9 +119,12 @@ class ASRBrain(ResumingBrain):
 
     def evaluate_batch(self, batch, stage):
         """SpeechBrain's, on the right device and with a stopwatch for the real-time factor."""
+        self.note_unread(batch.unread)
         batch = batch.to(self.device)
         started = time.perf_counter()
         loss = super().evaluate_batch(batch, stage)
+        if batch.lost:
+            return loss
         self.search_seconds += time.perf_counter() - started
         samples = absolute(batch.sig.lengths, batch.sig.data.shape[1]).sum()
         self.audio_seconds += float(samples) / self.hparams.sample_rate
@@ -167,6 +171,7 @@ class ASRBrain(ResumingBrain):
         advance_before_steps(self.hparams.lr_scheduler, self.optimizer)
 
     def fit_batch(self, batch):
+        self.note_unread(batch.unread)
         return super().fit_batch(batch.to(self.device))
 
     def _train_loader_specifics(self, dataset, loader_kwargs):
@@ -179,6 +184,22 @@ class ASRBrain(ResumingBrain):
         )
         return {**loader_kwargs, "batch_sampler": self.train_sampler}
 
+    # ---- Files that cannot be read ----
+
+    def note_unread(self, unread):
+        """Name the utterances that a batch has to do without: [(id, why)]."""
+        for name, why in unread:
+            logger.warning("%s cannot be read and is left out: %s", name, why)
+        self.unread += unread
+
+    def count_unread(self):
+        """How many there were in all processes; the main one's log names the others' too."""
+        first, *others = self.of_ranks(self.unread)
+        if if_main_process():
+            for unread in others:
+                self.note_unread(unread)
+        return len(first) + sum(map(len, others))
+
     # ---- Stages ----
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
@@ -189,10 +210,14 @@ class ASRBrain(ResumingBrain):
             if self.skipped_batches:
                 self.train_stats["skipped batches"] = self.skipped_batches
             self.report_unalignable()
+            if unread := self.count_unread():
+                self.train_stats["unread files"] = unread
             if self.graphs is not None:
                 self.graphs.report()
         elif stage == sb.Stage.VALID:
             stats = {"loss": stage_loss, **self.validation_statistics()}
+            if self.unread:
+                stats["unread files"] = len(self.unread)
             self.loggers.log_stats(
                 {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **self.step_count()},
                 train_stats=self.train_stats,
@@ -235,6 +260,8 @@ class ASRBrain(ResumingBrain):
         """Write `wer_<test set>.txt` and remember the numbers for the summary."""
         rates = self.error_rates()
         rates["RTF"] = self.search_seconds / max(self.audio_seconds, 1e-9)
+        if self.unread:
+            rates["unread files"] = len(self.unread)
         self.results[self.test_set] = rates
         self.loggers.log_stats(
             {"test set": self.test_set, "epochs": self.hparams.epoch_counter.current},

@@ -3,17 +3,16 @@
 import logging
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from speechbrain.utils import checkpoints
 from speechbrain.utils.checkpoints import CKPT_PREFIX, METAFNAME, Checkpoint, ckpt_recency
 from speechbrain.utils.distributed import main_process_only
 
 from modules.digests import SUMS, damage, seal, sync
 from modules.errors import UserError
+from modules.tensors import load_tensors, no_code
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +118,13 @@ class Checkpointer(checkpoints.Checkpointer):
             "lower --avg_checkpoints, or give an --output_folder on another disk"
         )
 
+    # ---- Reading ----
+
+    def load_checkpoint(self, checkpoint):
+        """UserError when one of its files would run code: SpeechBrain reads weights alone too."""
+        with no_code(checkpoint.path):
+            super().load_checkpoint(checkpoint)
+
     # ---- Finding ----
 
     @main_process_only
@@ -184,8 +190,9 @@ def best(found, metric, higher_is_better, number):
 
 def average(found):
     """The mean of checkpoints' weights of the model, {name: tensor}, on the CPU in any case."""
-    read = partial(torch.load, map_location="cpu", weights_only=True)
-    return checkpoints.average_checkpoints(found, "model", parameter_loader=read)
+    return checkpoints.average_checkpoints(
+        found, "model", parameter_loader=lambda path, map_location: load_tensors(path)
+    )
 
 
 def resumable(place):

@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 
 import speechbrain as sb
-import torch
 import yaml
 from hyperpyyaml import load_hyperpyyaml
 
 from modules.checkpoints import Checkpointer
 from modules.errors import UserError
+from modules.tensors import load_tensors
 from modules.tokenizer import SPECIAL
 from modules.upstream import convert, load_strictly
 
@@ -98,7 +98,7 @@ def load_statistics(normalize, path):
     """Read the feature statistics of `normalizer.ckpt`, old or new format."""
     if not path.is_file():
         raise UserError(f"{path} is missing; the features cannot be normalised without it")
-    stats = torch.load(path, map_location="cpu", weights_only=True)
+    stats = load_tensors(path)
     for name in ("count", "glob_mean", "glob_std"):
         if name not in stats:
             raise UserError(f"{path} lacks {name}: it is not an InputNormalization's file")
@@ -136,7 +136,7 @@ def convert_folder(source, yaml_file, output, label_encoder=None):
     # The YAML file's checkpointer makes its folder when it is made: somewhere else until all fits.
     with tempfile.TemporaryDirectory() as scratch, open(yaml_file, encoding="utf-8") as f:
         hparams = load_hyperpyyaml(f, {**overrides, "output_folder": scratch})
-    state_dict = torch.load(source / "model.ckpt", map_location="cpu", weights_only=True)
+    state_dict = load_tensors(source / "model.ckpt")
     load_parts(hparams, split_modules(state_dict))
     load_statistics(hparams["normalize"], source / "normalizer.ckpt")
     os.makedirs(output, exist_ok=True)
@@ -159,7 +159,8 @@ def main():
         prog="python -m modules.convert",
         description="Convert a checkpoint of the published ConMamba code into this project's.",
         epilog="Nothing is guessed: a weight that is missing, unknown or of another shape than "
-        "the YAML file wants is an error.",
+        "the YAML file wants is an error. The checkpoint may be a stranger's: it is read as "
+        "weights alone. The YAML file must not be, for it can run any code (docs/untrusted.md).",
     )
     parser.add_argument("source", help="a CKPT+... folder with model.ckpt and normalizer.ckpt")
     parser.add_argument("hparams", help="the YAML file of the same architecture")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler, ReproducibleRandomSampler
 from torch.utils.data import BatchSampler, Sampler
@@ -18,6 +17,7 @@ from modules.errors import UserError
 from modules.language_model import fetch
 from modules.launch import on_main
 from modules.randomness import seeded
+from modules.waveforms import Batch, Unread, read_audio
 
 
 def prepare_manifests(hparams):
@@ -35,6 +35,8 @@ def prepare_manifests(hparams):
         sample_rate=hparams["sample_rate"],
         max_seconds=hparams["max_seconds"],
         max_bad_fraction=hparams["max_bad_fraction"],
+        # CTC can spell no other; subword units are learnt from whatever there is.
+        allowed_characters=hparams.get("alphabet"),
     )
 
 
@@ -72,18 +74,21 @@ def add_pipelines(hparams, train, valid, tests, text_pipeline, text_keys):
     """Attach audio and text pipelines; training audio is speed-perturbed.
 
     An utterance's speed is drawn by seed, epoch and id, in whichever worker and order it is read.
+    Of a file that cannot be read, `sig` is an Unread, which batches leave out.
     text_pipeline (transcript) yields a value a key of text_keys; `wrd` stays beside them.
     """
 
-    @sb.utils.data_pipeline.takes("wav")
+    @sb.utils.data_pipeline.takes("wav", "duration")
     @sb.utils.data_pipeline.provides("sig")
-    def read(wav):
-        return sb.dataio.dataio.read_audio(wav)
+    def read(wav, duration):
+        return read_audio(wav, hparams["sample_rate"], float(duration))
 
-    @sb.utils.data_pipeline.takes("id", "wav")
+    @sb.utils.data_pipeline.takes("id", "wav", "duration")
     @sb.utils.data_pipeline.provides("sig")
-    def read_perturbed(utterance, wav):
-        sig = sb.dataio.dataio.read_audio(wav)
+    def read_perturbed(utterance, wav, duration):
+        sig = read(wav, duration)
+        if isinstance(sig, Unread):
+            return sig
         # Workers are started anew in every epoch, so they know which it is.
         with seeded(hparams["seed"], hparams["epoch_counter"].current, utterance):
             return hparams["speed_perturb"](sig.unsqueeze(0)).squeeze(0)
@@ -186,7 +191,7 @@ def worker_options(hparams):
     workers = hparams["num_workers"]
     options = {
         "num_workers": workers,
-        "collate_fn": PaddedBatch,
+        "collate_fn": Batch,
         "pin_memory": False,
         # PyTorch draws the workers' seeds; with its own generator, not with that of dropout.
         "generator": torch.Generator(),

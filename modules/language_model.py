@@ -4,9 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
-
 from modules.errors import UserError
+from modules.tensors import load_tensors
 
 
 def fetch(source, filename, target):
@@ -57,8 +56,8 @@ def load_language_model(make_lm, folder):
     path = Path(folder) / "lm.ckpt"
     model = make_lm()
     try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except RuntimeError as error:
+        model.load_state_dict(load_tensors(path))
+    except (RuntimeError, TypeError) as error:
         raise UserError(
             f"the weights in {path} do not fit the language model of the YAML file (make_lm): "
             f"{str(error).splitlines()[-1].strip()}"

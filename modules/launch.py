@@ -15,6 +15,7 @@ from modules.errors import Stopped, UserError
 from modules.ops import selective_scan
 from modules.options import check_values, describe, read_options, top_level, yaml_path
 from modules.signals import EXIT_STOPPED
+from modules.tensors import check_environment
 
 HELP = """Train and evaluate a speech recogniser.
 
@@ -31,6 +32,9 @@ Any top-level key of the YAML file can be given on the command line. Examples:
 
 Running the same command again continues a run that was interrupted. Results: train_log.txt and
 wer_<test set>.txt in output_folder. Environment: python -m modules.environment
+
+A YAML file can run any code, even for its --help: use none that you have not read, or whose
+author you do not trust (docs/untrusted.md). Checkpoints are read as weights alone.
 
 HPARAMS files here: {available}
 """
@@ -102,6 +106,7 @@ def start(argv):
     Returns (path of the YAML file, hparams, run options, overrides).
     Raises UserError for an unknown file, key, value or device.
     """
+    check_environment()
     path = yaml_path(argv[0])
     defaults = top_level(path)
     if "-h" in argv or "--help" in argv:

@@ -1,14 +1,16 @@
 """Device memory that runs out: the batch again in halves, or the key to lower."""
 
 import logging
+import math
 
 import speechbrain as sb
 import torch
-from speechbrain.dataio.batch import PaddedBatch, PaddedData
+from speechbrain.dataio.batch import PaddedData
 
 from modules.errors import UserError
 from modules.lengths import absolute
 from modules.nonfinite import FiniteBrain
+from modules.waveforms import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,8 @@ class HalvingBrain(FiniteBrain):
         return dict(zip(kept, copies, strict=True))
 
     def evaluate_batch(self, batch, stage):
+        if batch.lost:
+            return torch.tensor(math.nan)
         try:
             return super().evaluate_batch(batch, stage)
         except RuntimeError as error:
@@ -128,7 +132,8 @@ def part_of(batch, rows):
     """A batch of these rows; takes along their part of `features`, when it has them."""
     public = {name: value for name, value in vars(batch).items() if not name.startswith("_")}
     features = public.pop("features", None)
-    part = PaddedBatch([{k: row_of(v, i) for k, v in public.items()} for i in rows])
+    del public["unread"], public["lost"]
+    part = Batch([{k: row_of(v, i) for k, v in public.items()} for i in rows])
     if features is not None:
         x, lengths = features
         lengths = lengths[rows.start : rows.stop]

@@ -52,7 +52,7 @@ class FiniteBrain(sb.Brain):
         Its gradients become zero as they reach the parameters: other processes exchange theirs
         in this pass, and wait for all.
         """
-        finite = bool(torch.isfinite(loss))
+        finite = bool(torch.isfinite(loss)) and not getattr(self.current, "lost", False)
         self.batches.append((finite, self.current.id if finite else suspects(self.current)))
         if not finite:
             parameters = [p for p in self.modules.parameters() if p.requires_grad]

@@ -82,6 +82,8 @@ def summary(path, hparams, brain, train, tests):
             f"{name:<20}{hours(tests[name]):>8.2f}{rates['WER']:>9.2f}{rates['CER']:>9.2f}"
             f"{rates['RTF']:>9.4f}"
         )
+        if "unread files" in rates:
+            lines.append(f"  without {rates['unread files']} files that cannot be read (log.txt)")
     lines += [
         "",
         f"transcripts  {folder}/wer_<test set>.txt",

@@ -18,6 +18,7 @@ from modules.launch import on_main
 from modules.memory import HalvingBrain
 from modules.randomness import generator_states, set_generator_states
 from modules.signals import StopRequest
+from modules.tensors import load_tensors
 from modules.workers import Restarting
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class ResumingBrain(HalvingBrain):
             "skipped_batches": self.skipped_batches,
             "skipped_in_a_row": self.skipped_in_a_row,
             "short": self.short,
+            "unread": self.unread,
         }
         self.ranks.states = self.of_ranks(state)
 
@@ -154,6 +156,7 @@ class ResumingBrain(HalvingBrain):
             self.avg_train_loss = state["avg_train_loss"]
             self.skipped_batches = state["skipped_batches"]
             self.short = state["short"]
+            self.unread = state["unread"]
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         if stage == sb.Stage.TRAIN:
@@ -181,7 +184,7 @@ class ResumingBrain(HalvingBrain):
         start = newest(self.found_checkpoints())
         if start is None:
             return
-        theirs = torch.load(start.paramfiles["model"], "cpu", weights_only=True, mmap=True)
+        theirs = load_tensors(start.paramfiles["model"], mmap=True)
         ours = self.hparams.model.state_dict()
         shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (theirs, ours)]
         for name in shapes[0] | shapes[1]:

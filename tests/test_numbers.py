@@ -14,6 +14,7 @@ import soundfile as sf
 import torch
 
 import train_CTC
+from librispeech_prepare import prepare_librispeech
 from modules.checkpoints import Checkpointer
 from modules.losses import too_few_frames
 from tests.recipes import runs
@@ -32,6 +33,14 @@ def spoil(data, names):
         flac.unlink()
         samples = np.full(frames, math.nan, np.float32)
         sf.write(flac.with_suffix(".wav"), samples, runs.RATE, subtype="FLOAT")
+
+
+def prepared(data, folder):
+    """Manifests with audio that preparation would set aside, and the options for them."""
+    splits = ["test-a", "test-b"]
+    options = {"merge_lst": "train", "merge_name": "train.csv", "headers_only": True}
+    prepare_librispeech(data, folder, "train", "dev", splits, **options)
+    return {"data_folder": data, "skip_prep": True}
 
 
 @pytest.fixture
@@ -166,7 +175,8 @@ def test_audio_that_is_nan(data, tmp_path, caplog):
     """Through the whole script, with statistics of the features that it must not spoil."""
     spoil(data, [BAD])
     with caplog.at_level(logging.WARNING):
-        runs.train(CTC, tmp_path / "run", data_folder=data, number_of_epochs=2)
+        options = prepared(data, tmp_path / "run")
+        runs.train(CTC, tmp_path / "run", number_of_epochs=2, **options)
     first, second = runs.log_lines(tmp_path / "run")
     assert first["train skipped batches"] == second["train skipped batches"] == 1
     assert first["steps"] == 4
@@ -249,7 +259,7 @@ def test_many_in_a_row_stop_the_run(data, tmp_path, monkeypatch, capsys):
     first = Checkpointer(folder / "save").find_checkpoint()
     weights = torch.load(first.paramfiles["model"], weights_only=True)
     spoil(data, [p.stem for p in data.glob("train/1/1/*.flac")])
-    options = {"data_folder": data, "number_of_epochs": 9, "max_nonfinite_steps": 7}
+    options = prepared(data, folder) | {"number_of_epochs": 9, "max_nonfinite_steps": 7}
     monkeypatch.setattr(sys, "argv", ["train_CTC.py", *runs.arguments(CTC, folder, **options)])
     with runs.own_logging(), pytest.raises(SystemExit) as ended:
         runs.launch.run(train_CTC.main, "train_CTC.py", CTC)
@@ -264,7 +274,8 @@ def test_many_in_a_row_stop_the_run(data, tmp_path, monkeypatch, capsys):
     assert f"The last good checkpoint is {last.path}." in error
     assert same(torch.load(last.paramfiles["model"], weights_only=True), weights)
     assert before.items() <= runs.files_of(folder / "save").items()
-    assert "test-a" in runs.train(CTC, folder, data_folder=data, skip_train=True)
+    options = {"data_folder": data, "skip_prep": True, "skip_train": True}
+    assert "test-a" in runs.train(CTC, folder, **options)
 
 
 # ---- Two processes, of which one meets it ----
@@ -272,7 +283,8 @@ def test_many_in_a_row_stop_the_run(data, tmp_path, monkeypatch, capsys):
 
 def test_two_processes_decide_the_same(data, tmp_path):
     spoil(data, [BAD])
-    options = {"data_folder": data, "number_of_epochs": 2, "normalize_until_epoch": 2}
+    options = prepared(data, tmp_path / "run")
+    options |= {"number_of_epochs": 2, "normalize_until_epoch": 2}
     command = runs.command(CTC, tmp_path / "run", test_splits="[test-a]", **options)
     status, output = finish(start_ranks(command[1:], "--standalone", "--nproc-per-node", 2), 60)
     assert status == 0, output

@@ -36,6 +36,8 @@ def check_options(data_folder, splits, merge_lst, merge_name, max_bad_fraction, 
         raise UserError(f"merge_lst={merge_lst} has no merge_name; give one, such as train.csv")
     if not 0 <= max_bad_fraction <= 1:
         raise UserError(f"max_bad_fraction={max_bad_fraction} is not between 0 and 1")
+    if not 0 <= limits["max_clipped"] <= 1:
+        raise UserError(f"max_clipped={limits['max_clipped']} is not between 0 and 1")
     longest = math.inf if limits["max_seconds"] is None else limits["max_seconds"]
     if not 0 <= limits["min_seconds"] < longest:
         raise UserError(

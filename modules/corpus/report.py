@@ -1,5 +1,7 @@
 """What was found in a corpus and what is wrong with it: the types, the log lines, the full text."""
 
+import csv
+import io
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -9,6 +11,9 @@ TOO_SHORT = "audio too short"
 TOO_LONG = "audio too long"
 WRONG_RATE = "wrong sample rate"
 NOT_MONO = "more than one channel"
+NOT_FINITE = "audio with NaN or infinity"
+SILENT = "silent audio"
+CLIPPED = "clipped audio"
 NO_TRANSCRIPT_FILE = "missing transcript file"
 NO_TEXT = "audio without text"
 NO_AUDIO = "text without audio"
@@ -16,6 +21,7 @@ EMPTY_TEXT = "empty text"
 BAD_CHARACTERS = "unexpected characters"
 NOT_UTF8 = "transcript not UTF-8"
 DUPLICATE = "duplicate id"
+BAD_ROW = "row that cannot be read"
 
 REMEDIES = {
     UNREADABLE: "fetch or convert the file again",
@@ -24,12 +30,17 @@ REMEDIES = {
     TOO_LONG: "raise max_seconds, or cut the recording into sentences",
     WRONG_RATE: "convert it: ffmpeg -i IN -ac 1 -ar 16000 OUT.flac",
     NOT_MONO: "convert it: ffmpeg -i IN -ac 1 -ar 16000 OUT.flac",
+    NOT_FINITE: "fetch or convert the file again",
+    SILENT: "record it again, or remove it with its text",
+    CLIPPED: "record it more quietly, or raise max_clipped",
     NO_TRANSCRIPT_FILE: "restore the .trans.txt file beside the audio",
     NO_TEXT: "add a line 'ID TEXT' to the .trans.txt file, or remove the audio",
     NO_AUDIO: "restore the audio file, or remove the line",
     EMPTY_TEXT: "write the words behind the id, or remove the utterance",
-    BAD_CHARACTERS: "normalise the text, or widen allowed_characters",
+    BAD_CHARACTERS: "normalise the text, or widen allowed_characters (in a recipe set --alphabet "
+    "and --output_neurons)",
     NOT_UTF8: "convert the file: iconv -f latin1 -t utf-8",
+    BAD_ROW: "correct the row, or remove it",
     DUPLICATE: "rename one of the two, or remove it",
 }
 
@@ -98,6 +109,16 @@ class SplitReport:
                 yield f"    ... and {count - examples} more"
         for note in self.notes:
             yield f"  note: {note}"
+
+
+def quarantine_text(reports):
+    """A table of what was left out: split, fault, where (a path, or FILE:LINE), detail."""
+    file = io.StringIO()
+    writer = csv.writer(file, "excel-tab", lineterminator="\n")
+    writer.writerow(["split", "fault", "where", "detail"])
+    for report in reports:
+        writer.writerows([report.split, f.kind, f.where, f.detail] for f in report.faults)
+    return file.getvalue()
 
 
 def text_report(data_folder, reports):

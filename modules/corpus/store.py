@@ -55,10 +55,10 @@ def manifest_text(utterances):
 
 
 def stat_row(path):
-    """(path, bytes, time of change in ns), or (path,) where a link leads nowhere."""
+    """(path, bytes, time of change in ns), or (path,) where there is no such file."""
     try:
         status = os.stat(path)
-    except FileNotFoundError:
+    except OSError:
         return (path,)
     return path, status.st_size, status.st_mtime_ns
 

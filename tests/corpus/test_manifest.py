@@ -19,8 +19,9 @@ def rows(path):
 @pytest.fixture
 def audio(tmp_path):
     (tmp_path / "data/clips").mkdir(parents=True)
-    sf.write(tmp_path / "data/clips/a.wav", np.full(16000, 0.1), 16000)
-    sf.write(tmp_path / "data/clips/b.flac", np.full(32000, 0.1), 16000)
+    tone = 0.1 * np.sin(np.arange(32000) / 10)
+    sf.write(tmp_path / "data/clips/a.wav", tone[:16000], 16000)
+    sf.write(tmp_path / "data/clips/b.flac", tone, 16000)
     return tmp_path / "data"
 
 

@@ -1,0 +1,69 @@
+"""The audio of an utterance, checked against its manifest, and batches of what can be used."""
+
+import math
+import os
+from dataclasses import dataclass
+
+import soundfile as sf
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+
+from modules.cut_off import cut_off
+
+TOLERANCE = 0.05  # s that a manifest may be wrong by: people round
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Stands for the audio of a file that cannot be used; `samples` were expected of it."""
+
+    why: str
+    samples: int
+
+
+def read_audio(path, sample_rate, seconds):
+    """The samples (N,) of a file, or Unread when it is not what the manifest says.
+
+    A file may change after preparation: a disk fails, a copy breaks off.
+    """
+    try:
+        if not os.path.isfile(path):
+            raise FileNotFoundError("there is no such file")
+        with sf.SoundFile(path) as audio:
+            why = difference(path, audio, sample_rate, seconds)
+            if why is None:
+                x = audio.read(dtype="float32")
+                if len(x) == audio.frames:
+                    return torch.from_numpy(x)
+                why = f"breaks off after {len(x)} of {audio.frames} samples"
+    except (sf.LibsndfileError, OSError, TypeError) as error:  # TypeError: raw data, no header
+        why = getattr(error, "error_string", str(error)) or "unreadable"
+    return Unread(f"{path}: {why}", math.ceil(seconds * sample_rate))
+
+
+def difference(path, audio, sample_rate, seconds):
+    """How an open file differs from its manifest, or None."""
+    if (audio.samplerate, audio.channels) != (sample_rate, 1):
+        return f"{audio.samplerate} Hz, {audio.channels} channels; expected {sample_rate} Hz, mono"
+    found = audio.frames / audio.samplerate
+    if abs(found - seconds) > TOLERANCE:
+        return f"lasts {found:.2f} s, and the manifest says {seconds:.2f} s"
+    why = cut_off(path, audio.frames)
+    return why and f"breaks off: {why}"
+
+
+class Batch(PaddedBatch):
+    """SpeechBrain's batch of the examples whose audio could be read.
+
+    unread : [(id, why)] of the others. When there is nothing else, `lost` is True, and the first
+    of them stays with NaN for its audio: processes that train together take equally many batches.
+    """
+
+    def __init__(self, examples):
+        unread = [e for e in examples if isinstance(e["sig"], Unread)]
+        read = [e for e in examples if not isinstance(e["sig"], Unread)]
+        self.unread = [(e["id"], e["sig"].why) for e in unread]
+        self.lost = not read
+        if self.lost:
+            read = [unread[0] | {"sig": torch.full((unread[0]["sig"].samples,), math.nan)}]
+        super().__init__(read)
