@@ -5,6 +5,7 @@ A, B, C, D the state-space matrices, N = d_state, K = d_conv, d_inner = expand *
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -149,14 +150,23 @@ class Mamba(nn.Module):
         return self.out_proj(y), state
 
 
+class Chunk(NamedTuple):
+    """What a backward direction sees: `size` frames at a time, and `lookahead` after them."""
+
+    size: int
+    lookahead: int
+
+
 class BiMamba(nn.Module):
     """Bidirectional mixer: two state-space directions between shared projections.
 
     out = out_proj(1/2 (y_forward + y_backward) silu(z)), as both directions share the gate z.
-    Arguments as in `Mamba`.
+    Arguments as in `Mamba`. Told a `Chunk`, it needs no more of the future than that, and runs
+    chunk by chunk with the forward direction's state.
     """
 
     causal = False
+    chunkable = True
 
     def __init__(self, d_model, d_state=16, expand=2, d_conv=4):
         super().__init__()
@@ -166,9 +176,21 @@ class BiMamba(nn.Module):
         self.backward_ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank, reverse=True)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
-    def forward(self, x, lengths, state=None):
-        """x (B, T, D), lengths (B,) -> y (B, T, D), None: it needs the future, so has no state."""
-        assert state is None, "BiMamba reads the whole utterance; stream with Mamba"
+    def initial_state(self, batch_size):
+        """The state before the first chunk."""
+        return self.forward_ssm.initial_state(batch_size)
+
+    def forward(self, x, lengths, state=None, chunk=None):
+        """x (B, T, D), lengths (B,) -> y (B, T, D), None.
+
+        chunk: the backward direction begins anew for each `chunk.size` frames, the look-ahead
+        after them; the forward direction runs through. None: both see whole utterances.
+        state: x is one chunk and what there is of its look-ahead -> y (B, chunk.size, D), and the
+        state after the chunk. lengths may then be None.
+        """
+        if chunk is not None:
+            return self._chunked(x, lengths, state, chunk)
+        assert state is None, "BiMamba runs in pieces only if it is told the chunk"
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = bidirectional_conv1d(
             x, self._both("conv1d.weight").squeeze(2), self._both("conv1d.bias"), lengths
@@ -195,6 +217,19 @@ class BiMamba(nn.Module):
         )
         return self.out_proj(gated_mean(y, z)), None
 
+    def _chunked(self, x, lengths, state, chunk):
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        frames = x.shape[1] if state is None else chunk.size
+        windows, window_lengths = x, lengths
+        if state is None:
+            windows, window_lengths = cut_windows(x, lengths, chunk)
+        y_backward, _ = self.backward_ssm(windows, window_lengths)
+        y_backward = y_backward[:, : chunk.size].unflatten(0, (len(x), -1)).flatten(1, 2)
+        x, z, y_backward = (t[:, :frames] for t in (x, z, y_backward))
+        lengths = None if lengths is None else lengths.clamp(max=frames)
+        y_forward, state = self.forward_ssm(x, lengths, state=state)
+        return self.out_proj(gated_mean(torch.stack((y_forward, y_backward)), z)), state
+
     def _projections(self):
         """The weights (2, R + 2 N, d_inner) to dt, B and C, and (2, d_inner, R) from dt.
 
@@ -212,3 +247,15 @@ class BiMamba(nn.Module):
     def _both(self, name):
         """A parameter of both directions, stacked."""
         return torch.stack([m.get_parameter(name) for m in (self.forward_ssm, self.backward_ssm)])
+
+
+def cut_windows(x, lengths, chunk):
+    """Put chunks side by side, each with its look-ahead: x (B, T, D), lengths (B,) -> windows.
+
+    (B n, size + lookahead, D) and their lengths (B n,), which may be zero, for the n chunks of T.
+    """
+    count, width = max(1, -(-x.shape[1] // chunk.size)), chunk.size + chunk.lookahead
+    starts = torch.arange(count, device=x.device) * chunk.size
+    lengths = (lengths.unsqueeze(1) - starts).clamp(0, width).flatten()
+    x = F.pad(x, (0, 0, 0, count * chunk.size + chunk.lookahead - x.shape[1]))
+    return x.unfold(1, width, chunk.size).transpose(2, 3).flatten(0, 1), lengths
