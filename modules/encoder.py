@@ -174,8 +174,7 @@ class Encoder(nn.Module):
             )
         if chunks is not None and not getattr(self.layers[0].mixer, "chunkable", False):
             raise ValueError(f"chunks need the mixer modules.mamba.BiMamba, not {name}")
-        if chunks is not None:
-            check_chunks(chunks, lookahead)
+        check_chunks(chunks, lookahead)
         self.norm = nn.LayerNorm(d_model, eps=1e-6)
         self.causal, self.chunks, self.lookahead = causal, chunks, lookahead
         self.gradient_checkpointing = gradient_checkpointing
@@ -263,6 +262,10 @@ def cut(x, lengths, frames):
 
 def check_chunks(chunks, lookahead):
     """ValueError for numbers of frames that mean nothing."""
+    if chunks is None:
+        if lookahead:
+            raise ValueError(f"lookahead={lookahead} goes with chunks; give these, or 0")
+        return
     test_size = (chunks.test_config and chunks.test_config.chunk_size) or 0
     if test_size < 0:
         raise ValueError(f"chunk_size={test_size} must be at least 1 frame, or 0 for all")
