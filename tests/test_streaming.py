@@ -141,9 +141,7 @@ def test_causal_encoder(size, dtype):
 
 
 @every_precision
-@pytest.mark.parametrize(
-    "chunk", [Chunk(1, 0), Chunk(7, 0), Chunk(7, 3), Chunk(5, 9), Chunk(60, 2)]
-)
+@pytest.mark.parametrize("chunk", [Chunk(3, 0), Chunk(7, 3), Chunk(5, 9), Chunk(60, 2)])
 @torch.no_grad()
 def test_chunked_bimamba(chunk, dtype):
     mixer = prepare(BiMamba(8, d_state=4), dtype)
@@ -174,14 +172,15 @@ def chunked_encoder(dtype, chunk_size, lookahead=3):
     )
     mixer = partial(BiMamba, d_state=4)
     options = {"kernel_size": 5, "chunks": chunks, "lookahead": lookahead}
-    return prepare(Encoder(6, 8, 12, 3, mixer, **options), dtype)
+    return prepare(Encoder(6, 8, 12, 2, mixer, **options), dtype)
 
 
-@every_precision
-@every_size
-@pytest.mark.parametrize("chunk_size", [1, 7, 60])
+@pytest.mark.parametrize(
+    ("chunk_size", "size"), [(1, 7), *((7, size) for size in SIZES), (60, 1), (60, "random")]
+)
 @torch.no_grad()
-def test_chunked_encoder(chunk_size, size, dtype):
+def test_chunked_encoder(chunk_size, size):
+    dtype = torch.float64 if size == 1 else torch.float32
     encoder = chunked_encoder(dtype, chunk_size)
     x = torch.randn(2, FRAMES, 6, dtype=dtype)
     expected, _ = encoder(x, torch.tensor([FRAMES, FRAMES]))
