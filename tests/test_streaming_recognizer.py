@@ -15,7 +15,6 @@ from inference.align import align
 from inference.streaming import StreamingCTC
 from modules.errors import UserError
 from modules.search import ctc_greedy
-from tests.recipes import runs
 from tests.recipes.causal import PAUSE, causal_package, speech
 from tests.test_transcribe import RATE, SENTENCES, said
 
