@@ -297,8 +297,10 @@ def test_help_teaches(monkeypatch, capsys):
 # ---- The benchmark ----
 
 
-def test_the_benchmark_measures_every_row():
+@pytest.mark.parametrize("model", ["causal", "chunked"])
+def test_the_benchmark_measures_every_row(model):
     options = ["--size=tiny", "--hours=0.001", "--threads", "1", "--chunks", "0.16", "0.32"]
+    options += ["--model", model]
     done = runs.run([sys.executable, "benchmarks/streaming.py", *options])
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
