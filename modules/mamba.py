@@ -254,8 +254,12 @@ def cut_windows(x, lengths, chunk):
 
     (B n, size + lookahead, D) and their lengths (B n,), which may be zero, for the n chunks of T.
     """
-    count, width = max(1, -(-x.shape[1] // chunk.size)), chunk.size + chunk.lookahead
-    starts = torch.arange(count, device=x.device) * chunk.size
-    lengths = (lengths.unsqueeze(1) - starts).clamp(0, width).flatten()
-    x = F.pad(x, (0, 0, 0, count * chunk.size + chunk.lookahead - x.shape[1]))
-    return x.unfold(1, width, chunk.size).transpose(2, 3).flatten(0, 1), lengths
+    size, lookahead = chunk
+    count, further = max(1, -(-x.shape[1] // size)), -(-lookahead // size)
+    starts = torch.arange(count, device=x.device) * size
+    lengths = (lengths.unsqueeze(1) - starts).clamp(0, size + lookahead).flatten()
+    # Not by `unfold`, for which torch.compile would compile every size anew.
+    chunks = F.pad(x, (0, 0, 0, (count + further) * size - x.shape[1]))
+    chunks = chunks.unflatten(1, (count + further, size))
+    windows = torch.cat([chunks[:, i : i + count] for i in range(further + 1)], dim=2)
+    return windows[:, :, : size + lookahead].flatten(0, 1), lengths
