@@ -97,7 +97,7 @@ class EncoderLayer(nn.Module):
     def forward(self, x, lengths, state=None, chunk=None):
         """x (B, T, D), lengths (B,) -> (B, T, D), state (None when none is given).
 
-        chunk: for the mixer; with a state too, the look-ahead at x's end is not returned.
+        chunk: for the mixer; the `chunk.ahead` frames at x's end are not returned.
         """
         mixer_state, conv_state = (None, None) if state is None else state
         x = x + 0.5 * self.ffn1(self.ffn1_norm(x))
@@ -199,14 +199,14 @@ class Encoder(nn.Module):
             raise ValueError("this encoder needs whole utterances; build it with causal or chunks")
         return [layer.initial_state(batch_size) for layer in self.layers]
 
-    def forward(self, x, lengths, state=None, chunk_size=None):
+    def forward(self, x, lengths, state=None, chunk_size=None, ahead=0):
         """Encode.
 
-        x (B, T, input_size), lengths (B,) in frames -> (B, T, D), lengths; with a state also the
-        state after these frames. Frames past a length are zero. With a state, or causal, it takes
-        None for lengths where all frames count.
-        chunk_size: in place of the encoder's own. With a state x is one chunk of it and what there
-        is of the look-ahead, and the chunk comes out.
+        x (B, T, input_size), lengths (B,) in frames -> (B, T - ahead, D), lengths; with a state
+        also the state after these frames. Frames past a length are zero. A causal or chunked
+        encoder takes None for lengths where all frames count.
+        chunk_size: in place of the encoder's own.
+        ahead: frames at x's end that its last chunk looks at, and that come again.
         """
         if state is None and chunk_size is None:
             chunk_size = self.chunk_size
@@ -216,12 +216,13 @@ class Encoder(nn.Module):
         new_state = []
         for i, layer in enumerate(self.layers):
             carried = None if state is None else state[i]
-            chunk = Chunk(chunk_size, 0 if i else self.lookahead) if chunk_size else None
+            looks = (0, 0) if i else (self.lookahead, ahead)
+            chunk = Chunk(chunk_size, *looks) if chunk_size else None
             if self.gradient_checkpointing and self.training:
                 x, carried = checkpoint(layer, x, lengths, carried, chunk, use_reentrant=False)
             else:
                 x, carried = layer(x, lengths, carried, chunk)
-            if state is not None:
+            if ahead and i == 0:
                 x, lengths = cut(x, lengths, x.shape[1])
             new_state.append(carried)
         x = self.norm(x)
@@ -246,13 +247,12 @@ class Encoder(nn.Module):
         if self.chunks is None:
             y, _, layers = self(x, None, layers)
             return y, (size, x[:, :0], layers)
-        results = [x.new_zeros(len(x), 0, *self.norm.normalized_shape)]
-        needed = 1 if final else size + self.lookahead
-        while x.shape[1] >= needed:
-            window, x = x[:, : size + self.lookahead], x[:, size:]
-            y, _, layers = self(window, None, layers, min(size, window.shape[1]))
-            results.append(y)
-        return torch.cat(results, dim=1), (size, x.clone(), layers)
+        frames = x.shape[1] if final else max(0, x.shape[1] - self.lookahead) // size * size
+        if not frames:
+            return x.new_zeros(len(x), 0, *self.norm.normalized_shape), (size, x, layers)
+        ahead = min(self.lookahead, x.shape[1] - frames)
+        y, _, layers = self(x[:, : frames + ahead], None, layers, size, ahead)
+        return y, (size, x[:, frames:].clone(), layers)
 
 
 def cut(x, lengths, frames):

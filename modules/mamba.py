@@ -151,10 +151,14 @@ class Mamba(nn.Module):
 
 
 class Chunk(NamedTuple):
-    """What a backward direction sees: `size` frames at a time, and `lookahead` after them."""
+    """What a backward direction sees: `size` frames at a time, and `lookahead` after them.
+
+    The last `ahead` frames of its input are there to be looked at alone.
+    """
 
     size: int
     lookahead: int
+    ahead: int = 0
 
 
 class BiMamba(nn.Module):
@@ -181,12 +185,11 @@ class BiMamba(nn.Module):
         return self.forward_ssm.initial_state(batch_size)
 
     def forward(self, x, lengths, state=None, chunk=None):
-        """x (B, T, D), lengths (B,) -> y (B, T, D), None.
+        """x (B, T, D), lengths (B,) -> y (B, T - chunk.ahead, D), the state after each length.
 
         chunk: the backward direction begins anew for each `chunk.size` frames, the look-ahead
-        after them; the forward direction runs through. None: both see whole utterances.
-        state: x is one chunk and what there is of its look-ahead -> y (B, chunk.size, D), and the
-        state after the chunk. lengths may then be None.
+        after them; the forward direction runs through, from a state if one is given, and lengths
+        may be None. None: both see whole utterances, and there is no state.
         """
         if chunk is not None:
             return self._chunked(x, lengths, state, chunk)
@@ -219,11 +222,8 @@ class BiMamba(nn.Module):
 
     def _chunked(self, x, lengths, state, chunk):
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        frames = x.shape[1] if state is None else chunk.size
-        windows, window_lengths = x, lengths
-        if state is None:
-            windows, window_lengths = cut_windows(x, lengths, chunk)
-        y_backward, _ = self.backward_ssm(windows, window_lengths)
+        frames = x.shape[1] - chunk.ahead
+        y_backward, _ = self.backward_ssm(*cut_windows(x, lengths, chunk))
         y_backward = y_backward[:, : chunk.size].unflatten(0, (len(x), -1)).flatten(1, 2)
         x, z, y_backward = (t[:, :frames] for t in (x, z, y_backward))
         lengths = None if lengths is None else lengths.clamp(max=frames)
@@ -254,8 +254,12 @@ def cut_windows(x, lengths, chunk):
 
     (B n, size + lookahead, D) and their lengths (B n,), which may be zero, for the n chunks of T.
     """
-    size, lookahead = chunk
-    count, further = max(1, -(-x.shape[1] // size)), -(-lookahead // size)
+    size, lookahead, ahead = chunk
+    count, further = max(1, -(-(x.shape[1] - ahead) // size)), -(-lookahead // size)
+    if lengths is None:
+        if count == 1:
+            return x, None
+        lengths = torch.full(x.shape[:1], x.shape[1], device=x.device)
     starts = torch.arange(count, device=x.device) * size
     lengths = (lengths.unsqueeze(1) - starts).clamp(0, size + lookahead).flatten()
     # Not by `unfold`, for which torch.compile would compile every size anew.
