@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Hear a stream with a packaged causal model: python stream.py --microphone --model DIR"""
+"""Hear a stream with a packaged model: python stream.py --microphone --model DIR"""
 
 import argparse
 import json
@@ -26,7 +26,8 @@ examples:
   ffmpeg -loglevel error -i talk.mp4 -f s16le -ac 1 -ar 16000 - | python stream.py - --model DIR
   python stream.py speech.flac --model DIR --fast --format json > speech.jsonl
 
-DIR is a package (package.py) of a causal model (hparams/CTC/conmamba_causal_small.yaml).
+DIR is a package (package.py) of a causal or a chunked model, hparams/CTC/conmamba_causal_small.yaml
+or hparams/CTC/conmamba_chunked_small.yaml.
 
 A line on stdout is a segment that is final: it ended in a pause. On a terminal the last line is
 what may still change. json is a line a result: "type" partial or final, "text", "start" and "end"
@@ -57,7 +58,10 @@ def parser():
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (auto)")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="of a CPU (1)")
     p.add_argument(
-        "--chunk-seconds", type=float, default=0.32, metavar="S", help="computed at once (0.32)"
+        "--chunk-seconds",
+        type=float,
+        metavar="S",
+        help="computed at once (a chunked model's own chunk, 0.32 of a causal one)",
     )
     p.add_argument(
         "--endpoint-seconds",
@@ -131,7 +135,8 @@ class Latency:
             lines.append(
                 f"{len(self.chunks)} chunks of {stream.chunk_seconds * 1000:.0f} ms, compute p50 "
                 f"{p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms, longest {most:.1f} ms; looks "
-                f"{stream.lookahead_seconds * 1000:.0f} ms ahead"
+                f"{stream.lookahead_seconds * 1000:.0f} ms ahead, so that a sound waits for up to "
+                f"{stream.delay_seconds * 1000:.0f} ms of audio"
             )
         return "\n".join(lines)
 
@@ -168,7 +173,7 @@ def run(options):
     duration = 0.0
     try:
         for block in source.at(stream.sample_rate):
-            for packet in block.split(len(stream.buffer)):  # at most one chunk each
+            for packet in block.split(stream.chunk):  # at most one chunk each
                 duration += len(packet) / stream.sample_rate
                 hear(stream, packet, writer, latency)
     except KeyboardInterrupt:

@@ -9,6 +9,10 @@ from functools import partial
 import torch
 from speechbrain.lobes.models.transformer.TransformerLM import TransformerLM
 from speechbrain.processing.features import InputNormalization
+from speechbrain.utils.dynamic_chunk_training import (
+    DynChunkTrainConfig,
+    DynChunkTrainConfigRandomSampler,
+)
 
 from modules.attention import RelPosAttention, RoPEAttention
 from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
@@ -44,6 +48,10 @@ CLASSES = {
     "modules.search.CTCSearch": CTCSearch,
     "modules.search.JointBeamSearch": JointBeamSearch,
     "speechbrain.lobes.models.transformer.TransformerLM.TransformerLM": TransformerLM,
+    "speechbrain.utils.dynamic_chunk_training.DynChunkTrainConfig": DynChunkTrainConfig,
+    "speechbrain.utils.dynamic_chunk_training.DynChunkTrainConfigRandomSampler": (
+        DynChunkTrainConfigRandomSampler
+    ),
     "torch.nn.Linear": torch.nn.Linear,
     "torch.nn.GELU": torch.nn.GELU,
     "torch.nn.ReLU": torch.nn.ReLU,

@@ -1,4 +1,4 @@
-"""StreamingRecognizer: a causal model hears a stream as it comes, with state of constant size."""
+"""StreamingRecognizer: a model hears a stream as it comes, with state of constant size."""
 
 import torch
 
@@ -8,16 +8,20 @@ from inference.segmenter import Segmenter
 from inference.transcript import Partial, transcript_of
 from modules.errors import UserError
 
+CHUNK = 0.32  # s that a causal model computes at once
+
 
 class StreamingCTC:
     """Samples in pieces of any size -> the log-probabilities of one pass over all of them.
 
     Its state is what features and frontend still read of the past, and the encoder's own.
+    chunk_size: frames that a chunked encoder sees at a time; None: as it is packaged.
     UserError for a model that needs the future.
     """
 
-    def __init__(self, recognizer):
-        check_causal(recognizer)
+    def __init__(self, recognizer, chunk_size=None):
+        check_streams(recognizer)
+        self.chunk_size = chunk_size
         self.features, self.normalize = recognizer.features, recognizer.normalize
         self.frontend, self.encoder = recognizer.model["frontend"], recognizer.model["encoder"]
         self.head, self.device = recognizer.model["ctc_head"], recognizer.device
@@ -25,16 +29,22 @@ class StreamingCTC:
 
     def reset(self):
         """Before the first sample."""
-        self.state = [part.initial_state(1) for part in self.parts]
+        self.state = [
+            self.features.initial_state(1),
+            self.frontend.initial_state(1),
+            self.encoder.start(1, self.chunk_size),
+        ]
 
     @property
-    def parts(self):
-        return self.features, self.frontend, self.encoder
+    def hop(self):
+        """Samples from one frame to the next."""
+        return self.frontend.subsampling * self.features.hop
 
     @property
     def lookahead(self):
-        """Samples that must follow the time of a frame before it is computed."""
-        return self.frontend.lookahead * self.features.hop + self.features.reach
+        """Samples that must follow the time of a frame, the last of a chunk, to compute it."""
+        frontend = self.frontend.lookahead * self.features.hop + self.features.reach
+        return self.encoder.lookahead * self.hop + frontend
 
     @torch.inference_mode()
     def advance(self, samples, final=False):
@@ -42,24 +52,25 @@ class StreamingCTC:
 
         final: the utterance ends here.
         """
-        features_state, frontend_state, state = self.state
+        features_state, frontend_state, encoder_state = self.state
         x, features_state = self.features.advance(
             samples.to(self.device).unsqueeze(0), features_state, final
         )
         if x.shape[1]:
             x = self.normalize(x, torch.ones(1, device=self.device))
         x, frontend_state = self.frontend.advance(x, frontend_state, final)
-        x, _, state = self.encoder(x, None, state)
-        self.state = [features_state, frontend_state, state]
+        x, encoder_state = self.encoder.advance(x, encoder_state, final)
+        self.state = [features_state, frontend_state, encoder_state]
         return self.head(x).log_softmax(dim=-1)[0].cpu()
 
 
-def check_causal(recognizer):
+def check_streams(recognizer):
     """UserError naming the part of a model that needs the future."""
-    if not recognizer.model["encoder"].causal:
+    if not recognizer.model["encoder"].streams:
         raise UserError(
             "this model's encoder reads whole recordings, so it cannot stream; train "
-            "hparams/CTC/conmamba_causal_small.yaml, or use transcribe.py"
+            "hparams/CTC/conmamba_causal_small.yaml or conmamba_chunked_small.yaml, or use "
+            "transcribe.py"
         )
     if recognizer.normalize.norm_type != "global":
         raise UserError(
@@ -74,57 +85,69 @@ def check_causal(recognizer):
 
 
 class StreamingRecognizer:
-    """A packaged causal model that hears a stream.
+    """A packaged causal or chunked model that hears a stream.
 
     Made by `StreamingRecognizer.from_folder`. Audio is computed in chunks of `chunk_seconds`, so
     that the result does not depend on the packets it comes in.
     """
 
-    def __init__(self, recognizer, chunk_seconds=0.32, endpoint_seconds=0.8, history=True):
-        self.ctc = StreamingCTC(recognizer)
-        self.sample_rate = recognizer.sample_rate
+    def __init__(self, recognizer, chunk_seconds=None, endpoint_seconds=0.8, history=True):
         hop = recognizer.seconds_per_frame
-        if not chunk_seconds >= hop:
+        if chunk_seconds is None:
+            chunk_seconds = hop * (recognizer.model["encoder"].chunk_size or round(CHUNK / hop))
+        if not hop <= chunk_seconds < float("inf"):
             raise UserError(
-                f"chunk_seconds={chunk_seconds} is shorter than a frame of this model, {hop:g} s; "
-                "give 0.32, for instance"
+                f"chunk_seconds={chunk_seconds} is shorter than a frame of this model, {hop:g} s, "
+                f"or no number; give {CHUNK}, for instance"
             )
+        frames = round(chunk_seconds / hop)
+        self.ctc = StreamingCTC(recognizer, frames)
+        self.sample_rate = recognizer.sample_rate
         self.segmenter = Segmenter(recognizer.tokenizer, hop, endpoint_seconds, history)
-        self.buffer = torch.zeros(round(chunk_seconds / hop) * round(hop * self.sample_rate))
+        self.chunk = frames * self.ctc.hop
+        # The first chunk waits for what it looks at; from then on there is one for each `chunk`.
+        self.buffer = torch.zeros(self.chunk + max(0, self.ctc.lookahead - self.ctc.hop))
         for _ in range(2):  # the first calls of all are slow
             self.ctc.advance(self.buffer)
         self.reset()
 
     @classmethod
     def from_folder(
-        cls, folder, device="auto", chunk_seconds=0.32, endpoint_seconds=0.8, history=True
+        cls, folder, device="auto", chunk_seconds=None, endpoint_seconds=0.8, history=True
     ):
         """Load what package.py wrote; nothing is written and no network is used.
 
         device: auto (the best present), cpu, cuda, cuda:N or mps.
-        chunk_seconds: what is computed at once, rounded to whole frames of the encoder.
+        chunk_seconds: what is computed at once, rounded to whole frames of the encoder. None: a
+        chunked model's own chunk, with which it was tested; 0.32 for a causal one.
         endpoint_seconds: a pause that ends a segment; None: none does.
         history: remember final segments for `finish`, some bytes a word. False for streams
         without end: `finish` then gives what has not been final.
-        UserError for a package that is damaged or whose model is not causal.
+        UserError for a package that is damaged or whose model needs whole recordings.
         """
         recognizer = Recognizer.from_folder(folder, device)
         return cls(recognizer, chunk_seconds, endpoint_seconds, history)
 
     @property
     def chunk_seconds(self):
-        return len(self.buffer) / self.sample_rate
+        return self.chunk / self.sample_rate
 
     @property
     def lookahead_seconds(self):
-        """Audio that must follow a frame's time before the frame can be computed."""
+        """Audio that must follow the time of a chunk's last frame before it can be computed."""
         return self.ctc.lookahead / self.sample_rate
+
+    @property
+    def delay_seconds(self):
+        """Audio that follows the time of a chunk's first frame when it is computed."""
+        return (self.chunk - self.ctc.hop + self.ctc.lookahead) / self.sample_rate
 
     def reset(self):
         """Forget all that was pushed: a new utterance begins."""
         self.ctc.reset()
         self.segmenter.reset()
         self.filled = self.heard = self.chunks = 0
+        self.room = len(self.buffer)
         self.partial = Partial("")
 
     def push(self, samples, sample_rate=None):
@@ -136,11 +159,11 @@ class StreamingRecognizer:
         x = self._checked(samples, sample_rate)
         finals = []
         while len(x):
-            room = self.buffer[self.filled :]
+            room = self.buffer[self.filled : self.room]
             piece, x = x[: len(room)], x[len(room) :]
             room[: len(piece)] = piece
             self.filled += len(piece)
-            if self.filled == len(self.buffer):
+            if self.filled == self.room:
                 finals += self._hear()
         partial = self.partial
         return Partial(partial.text, partial.words, tuple(finals)) if finals else partial
@@ -173,7 +196,7 @@ class StreamingRecognizer:
         log_probs = self.ctc.advance(self.buffer[: self.filled], final)
         self.heard += self.filled
         self.chunks += 1
-        self.filled = 0
+        self.filled, self.room = 0, self.chunk
         finals = self.segmenter.hear(log_probs)
         words = self.segmenter.partial()
         self.partial = Partial(" ".join(w.text for w in words), tuple(words))

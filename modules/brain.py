@@ -147,7 +147,8 @@ class ASRBrain(ResumingBrain):
         self.graphs = None
         if self.compile_mode == "reduce-overhead":
             self.evaluation_graphs = Graphs(self.layers)
-            if not self.distributed_launch:
+            # A training's graph would repeat the chunk size that it was recorded with.
+            if not self.distributed_launch and self.modules.encoder.chunks is None:
                 self.graphs = TrainingGraphs(self.network, self.hparams.model.parameters())
 
     def check_loss_isfinite(self, loss):

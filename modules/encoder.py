@@ -3,12 +3,15 @@
 Conformer: Gulati et al. 2020, arXiv 2005.08100. ConMamba: Jiang et al. 2024, arXiv 2407.09732.
 """
 
+import torch
+from speechbrain import Stage
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from modules.initialization import initialize
 from modules.lengths import zero_padding
+from modules.mamba import Chunk
 from modules.ops.causal_conv1d import causal_conv1d
 from modules.ops.depthwise_conv1d import depthwise_conv1d
 
@@ -91,11 +94,17 @@ class EncoderLayer(nn.Module):
     def initial_state(self, batch_size):
         return self.mixer.initial_state(batch_size), self.conv.initial_state(batch_size)
 
-    def forward(self, x, lengths, state=None):
-        """x (B, T, D), lengths (B,) -> (B, T, D), state (None when none is given)."""
+    def forward(self, x, lengths, state=None, chunk=None):
+        """x (B, T, D), lengths (B,) -> (B, T, D), state (None when none is given).
+
+        chunk: for the mixer; the `chunk.ahead` frames at x's end are not returned.
+        """
         mixer_state, conv_state = (None, None) if state is None else state
         x = x + 0.5 * self.ffn1(self.ffn1_norm(x))
-        y, mixer_state = self.mixer(self.mixer_norm(x), lengths, mixer_state)
+        options = {} if chunk is None else {"chunk": chunk}
+        y, mixer_state = self.mixer(self.mixer_norm(x), lengths, mixer_state, **options)
+        if y.shape[1] < x.shape[1]:
+            x, lengths = cut(x, lengths, y.shape[1])
         x = x + y
         y, conv_state = self.conv(x, lengths, conv_state)
         x = x + y
@@ -121,8 +130,14 @@ class Encoder(nn.Module):
         Activation of feed-forward and convolution modules.
     dropout : float
     causal : bool
-        See only the past; the mixer must be causal too (ValueError). A causal encoder runs in
-        pieces: pass `initial_state(batch_size)`, then each call's state to the next.
+        See only the past; the mixer must be causal too (ValueError).
+    chunks : DynChunkTrainConfigRandomSampler or None
+        SpeechBrain's draw of the chunk that the mixer, a BiMamba, sees at a time (ValueError for
+        another); convolutions are causal. Drawn for each batch in training, in evaluation
+        `test_config`. None, or a chunk_size of 0: whole utterances.
+    lookahead : int
+        Frames after a chunk that the first layer sees too. Those of a further layer would be made
+        of the next chunk, and every layer a chunk later than the one before it.
     initialization : str
         "mamba" or "published", see `modules.initialization`.
     gradient_checkpointing : bool
@@ -142,48 +157,122 @@ class Encoder(nn.Module):
         causal=False,
         initialization="mamba",
         gradient_checkpointing=False,
+        chunks=None,
+        lookahead=0,
     ):
         super().__init__()
+        conv_causal = causal or chunks is not None
         self.input_layer = nn.Sequential(nn.Linear(input_size, d_model), nn.Dropout(dropout))
         self.layers = nn.ModuleList(
-            EncoderLayer(d_model, d_ffn, mixer, kernel_size, activation, dropout, causal)
+            EncoderLayer(d_model, d_ffn, mixer, kernel_size, activation, dropout, conv_causal)
             for _ in range(num_layers)
         )
+        name = type(self.layers[0].mixer).__name__
         if causal and not all(layer.mixer.causal for layer in self.layers):
-            name = type(self.layers[0].mixer).__name__
             raise ValueError(
                 f"causal=True needs a causal mixer, not {name}; use modules.mamba.Mamba"
             )
+        if chunks is not None and not getattr(self.layers[0].mixer, "chunkable", False):
+            raise ValueError(f"chunks need the mixer modules.mamba.BiMamba, not {name}")
+        check_chunks(chunks, lookahead)
         self.norm = nn.LayerNorm(d_model, eps=1e-6)
-        self.causal = causal
+        self.causal, self.chunks, self.lookahead = causal, chunks, lookahead
         self.gradient_checkpointing = gradient_checkpointing
         initialize(self, initialization)
 
+    @property
+    def streams(self):
+        """Whether it runs in pieces."""
+        return self.causal or self.chunks is not None
+
+    @property
+    def chunk_size(self):
+        """Frames of a chunk for the next batch, drawn in training; None: all of them."""
+        if self.chunks is None:
+            return None
+        config = self.chunks(Stage.TRAIN if self.training else Stage.TEST)
+        return (config and config.chunk_size) or None
+
     def initial_state(self, batch_size):
-        """The state before the first frame; ValueError unless the encoder is causal."""
-        if not self.causal:
-            raise ValueError("only a causal encoder runs in pieces; build it with causal=True")
+        """The layers' state before the first frame; ValueError unless the encoder `streams`."""
+        if not self.streams:
+            raise ValueError("this encoder needs whole utterances; build it with causal or chunks")
         return [layer.initial_state(batch_size) for layer in self.layers]
 
-    def forward(self, x, lengths, state=None):
+    def forward(self, x, lengths, state=None, chunk_size=None, ahead=0):
         """Encode.
 
-        x (B, T, input_size), lengths (B,) in frames -> (B, T, D), lengths; with a state also the
-        state after these frames. Frames past a length are zero. A causal encoder takes None for
-        lengths where all frames count.
+        x (B, T, input_size), lengths (B,) in frames -> (B, T - ahead, D), lengths; with a state
+        also the state after these frames. Frames past a length are zero. A causal or chunked
+        encoder takes None for lengths where all frames count.
+        chunk_size: in place of the encoder's own.
+        ahead: frames at x's end that its last chunk looks at, and that come again.
         """
+        if state is None and chunk_size is None:
+            chunk_size = self.chunk_size
         if lengths is not None:
             x = zero_padding(x, lengths)
         x = self.input_layer(x)
         new_state = []
         for i, layer in enumerate(self.layers):
             carried = None if state is None else state[i]
+            looks = (0, 0) if i else (self.lookahead, ahead)
+            chunk = Chunk(chunk_size, *looks) if chunk_size else None
             if self.gradient_checkpointing and self.training:
-                x, carried = checkpoint(layer, x, lengths, carried, use_reentrant=False)
+                x, carried = checkpoint(layer, x, lengths, carried, chunk, use_reentrant=False)
             else:
-                x, carried = layer(x, lengths, carried)
+                x, carried = layer(x, lengths, carried, chunk)
+            if ahead and i == 0:
+                x, lengths = cut(x, lengths, x.shape[1])
             new_state.append(carried)
         x = self.norm(x)
         if lengths is not None:
             x = zero_padding(x, lengths)
         return (x, lengths) if state is None else (x, lengths, new_state)
+
+    def start(self, batch_size, chunk_size=None):
+        """The state for `advance`, whose chunks are of `chunk_size` frames (the encoder's own)."""
+        size = self.chunk_size if chunk_size is None else chunk_size
+        if self.chunks is not None and not size:
+            raise ValueError("chunk_size=0 needs whole utterances; give a number of frames")
+        held = self.norm.weight.new_zeros(batch_size, 0, self.input_layer[0].in_features)
+        return size, held, self.initial_state(batch_size)
+
+    def advance(self, x, state, final=False):
+        """The next frames of utterances: x (B, T, input_size), state -> (B, T', D), state.
+
+        Chunks come once their look-ahead is there. final: the utterances end here.
+        """
+        size, x, layers = state[0], torch.cat([state[1], x], dim=1), state[2]
+        if self.chunks is None:
+            y, _, layers = self(x, None, layers)
+            return y, (size, x[:, :0], layers)
+        frames = x.shape[1] if final else max(0, x.shape[1] - self.lookahead) // size * size
+        if not frames:
+            return x.new_zeros(len(x), 0, *self.norm.normalized_shape), (size, x, layers)
+        ahead = min(self.lookahead, x.shape[1] - frames)
+        y, _, layers = self(x[:, : frames + ahead], None, layers, size, ahead)
+        return y, (size, x[:, frames:].clone(), layers)
+
+
+def cut(x, lengths, frames):
+    """The first frames: x (B, T, D), lengths (B,) or None -> (B, frames, D), lengths."""
+    return x[:, :frames], None if lengths is None else lengths.clamp(max=frames)
+
+
+def check_chunks(chunks, lookahead):
+    """ValueError for numbers of frames that mean nothing."""
+    if chunks is None:
+        if lookahead:
+            raise ValueError(f"lookahead={lookahead} goes with chunks; give these, or 0")
+        return
+    test_size = (chunks.test_config and chunks.test_config.chunk_size) or 0
+    if test_size < 0:
+        raise ValueError(f"chunk_size={test_size} must be at least 1 frame, or 0 for all")
+    if not 1 <= chunks.chunk_size_min <= chunks.chunk_size_max:
+        raise ValueError(
+            f"chunk_size_min={chunks.chunk_size_min} must be at least 1 frame and at most "
+            f"chunk_size_max={chunks.chunk_size_max}"
+        )
+    if lookahead < 0:
+        raise ValueError(f"lookahead={lookahead} must be at least 0 frames")

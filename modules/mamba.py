@@ -5,6 +5,7 @@ A, B, C, D the state-space matrices, N = d_state, K = d_conv, d_inner = expand *
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -149,14 +150,27 @@ class Mamba(nn.Module):
         return self.out_proj(y), state
 
 
+class Chunk(NamedTuple):
+    """What a backward direction sees: `size` frames at a time, and `lookahead` after them.
+
+    The last `ahead` frames of its input are there to be looked at alone.
+    """
+
+    size: int
+    lookahead: int
+    ahead: int = 0
+
+
 class BiMamba(nn.Module):
     """Bidirectional mixer: two state-space directions between shared projections.
 
     out = out_proj(1/2 (y_forward + y_backward) silu(z)), as both directions share the gate z.
-    Arguments as in `Mamba`.
+    Arguments as in `Mamba`. Told a `Chunk`, it needs no more of the future than that, and runs
+    chunk by chunk with the forward direction's state.
     """
 
     causal = False
+    chunkable = True
 
     def __init__(self, d_model, d_state=16, expand=2, d_conv=4):
         super().__init__()
@@ -166,9 +180,20 @@ class BiMamba(nn.Module):
         self.backward_ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank, reverse=True)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
-    def forward(self, x, lengths, state=None):
-        """x (B, T, D), lengths (B,) -> y (B, T, D), None: it needs the future, so has no state."""
-        assert state is None, "BiMamba reads the whole utterance; stream with Mamba"
+    def initial_state(self, batch_size):
+        """The state before the first chunk."""
+        return self.forward_ssm.initial_state(batch_size)
+
+    def forward(self, x, lengths, state=None, chunk=None):
+        """x (B, T, D), lengths (B,) -> y (B, T - chunk.ahead, D), the state after each length.
+
+        chunk: the backward direction begins anew for each `chunk.size` frames, the look-ahead
+        after them; the forward direction runs through, from a state if one is given, and lengths
+        may be None. None: both see whole utterances, and there is no state.
+        """
+        if chunk is not None:
+            return self._chunked(x, lengths, state, chunk)
+        assert state is None, "BiMamba runs in pieces only if it is told the chunk"
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = bidirectional_conv1d(
             x, self._both("conv1d.weight").squeeze(2), self._both("conv1d.bias"), lengths
@@ -195,6 +220,16 @@ class BiMamba(nn.Module):
         )
         return self.out_proj(gated_mean(y, z)), None
 
+    def _chunked(self, x, lengths, state, chunk):
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        frames = x.shape[1] - chunk.ahead
+        y_backward, _ = self.backward_ssm(*cut_windows(x, lengths, chunk))
+        y_backward = y_backward[:, : chunk.size].unflatten(0, (len(x), -1)).flatten(1, 2)
+        x, z, y_backward = (t[:, :frames] for t in (x, z, y_backward))
+        lengths = None if lengths is None else lengths.clamp(max=frames)
+        y_forward, state = self.forward_ssm(x, lengths, state=state)
+        return self.out_proj(gated_mean(torch.stack((y_forward, y_backward)), z)), state
+
     def _projections(self):
         """The weights (2, R + 2 N, d_inner) to dt, B and C, and (2, d_inner, R) from dt.
 
@@ -212,3 +247,23 @@ class BiMamba(nn.Module):
     def _both(self, name):
         """A parameter of both directions, stacked."""
         return torch.stack([m.get_parameter(name) for m in (self.forward_ssm, self.backward_ssm)])
+
+
+def cut_windows(x, lengths, chunk):
+    """Put chunks side by side, each with its look-ahead: x (B, T, D), lengths (B,) -> windows.
+
+    (B n, size + lookahead, D) and their lengths (B n,), which may be zero, for the n chunks of T.
+    """
+    size, lookahead, ahead = chunk
+    count, further = max(1, -(-(x.shape[1] - ahead) // size)), -(-lookahead // size)
+    if lengths is None:
+        if count == 1:
+            return x, None
+        lengths = torch.full(x.shape[:1], x.shape[1], device=x.device)
+    starts = torch.arange(count, device=x.device) * size
+    lengths = (lengths.unsqueeze(1) - starts).clamp(0, size + lookahead).flatten()
+    # Not by `unfold`, for which torch.compile would compile every size anew.
+    chunks = F.pad(x, (0, 0, 0, (count + further) * size - x.shape[1]))
+    chunks = chunks.unflatten(1, (count + further, size))
+    windows = torch.cat([chunks[:, i : i + count] for i in range(further + 1)], dim=2)
+    return windows[:, :, : size + lookahead].flatten(0, 1), lengths

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfigRandomSampler
 
 from modules.compilation import compile_layers
 from modules.encoder import Encoder
@@ -20,7 +21,12 @@ from modules.mamba import BiMamba, Mamba
 from modules.ops.causal_conv1d import causal_conv1d
 
 ROOT = Path(__file__).parents[1]
-ENCODERS = {"bidirectional": {"mixer": BiMamba}, "causal": {"mixer": Mamba, "causal": True}}
+FOUR = DynChunkTrainConfigRandomSampler(1.0, 4, 4, 0.0, 0, 0)  # the same whenever it is drawn
+ENCODERS = {
+    "bidirectional": {"mixer": BiMamba},
+    "causal": {"mixer": Mamba, "causal": True},
+    "chunked": {"mixer": BiMamba, "chunks": FOUR, "lookahead": 2},
+}
 
 
 def make_encoder(mixer, **options):
@@ -76,7 +82,13 @@ def check_convolution():
 
 
 @pytest.mark.parametrize(
-    "check", [*(f"check_encoder({name!r})" for name in ENCODERS), "check_convolution()"]
+    "check",
+    [
+        "check_encoder('bidirectional')",
+        "check_encoder('causal')",
+        pytest.param("check_encoder('chunked')", marks=pytest.mark.slow),
+        "check_convolution()",
+    ],
 )
 def test_compiled_code_computes_the_same(check):
     command = [sys.executable, "-c", f"from tests.test_compile import *; {check}"]

@@ -5,6 +5,10 @@ from functools import partial
 import pytest
 import torch
 from speechbrain.nnet.attention import RelPosEncXL, RelPosMHAXL, RoPEMHA
+from speechbrain.utils.dynamic_chunk_training import (
+    DynChunkTrainConfig,
+    DynChunkTrainConfigRandomSampler,
+)
 from torch import nn
 
 from modules.attention import CachedAttention, RelPosAttention, RoPEAttention
@@ -188,9 +192,64 @@ def test_a_causal_encoder_needs_a_causal_mixer(mixer):
         make_encoder(mixer, causal=True)
 
 
-def test_only_a_causal_encoder_runs_in_pieces():
-    with pytest.raises(ValueError, match="build it with causal=True"):
-        make_encoder("mamba").initial_state(1)
+def test_only_a_causal_or_chunked_encoder_runs_in_pieces():
+    for mixer in ("mamba", "bimamba"):
+        with pytest.raises(ValueError, match="build it with causal or chunks"):
+            make_encoder(mixer).start(1)
+    with pytest.raises(ValueError, match="chunk_size=0 needs whole utterances"):
+        make_encoder("bimamba", chunks=chunks(0)).eval().start(1)
+
+
+def chunks(size, smallest=3, largest=6, share=0.6):
+    """A draw for the training, and the size in evaluation."""
+    test = DynChunkTrainConfig(size)
+    return DynChunkTrainConfigRandomSampler(share, smallest, largest, 0.0, 0, 0, test_config=test)
+
+
+def test_chunks_are_drawn_in_training_alone():
+    encoder = make_encoder("bimamba", dropout=0.0, chunks=chunks(4), lookahead=1)
+    x, lengths = batch()
+    with torch.no_grad():
+        possible = {size: encoder(x, lengths, chunk_size=size)[0] for size in (3, 4, 5, 6, 20)}
+        drawn = [encoder(x, lengths)[0] for _ in range(40)]
+        evaluated = encoder.eval()(x, lengths)[0]
+        whole = make_encoder("bimamba", dropout=0.0, chunks=chunks(0)).eval()(x, lengths)[0]
+    assert torch.equal(evaluated, possible[4])
+    torch.testing.assert_close(whole, possible[20])
+    found = [[k for k, y in possible.items() if torch.allclose(d, y, atol=1e-6)] for d in drawn]
+    assert all(len(keys) == 1 for keys in found)
+    counts = {size: found.count([size]) for size in possible}
+    assert all(counts.values()) and 8 <= counts[20] <= 24  # 40 x 0.4 saw everything
+
+
+def test_gradient_checkpointing_repeats_the_chunks_that_were_drawn():
+    results = []
+    for checkpointing in (False, True):
+        options = {"chunks": chunks(4), "gradient_checkpointing": checkpointing}
+        encoder = make_encoder("bimamba", dropout=0.0, **options)
+        x, lengths = batch()
+        torch.manual_seed(3)
+        for _ in range(2):
+            encoder(x, lengths)[0].square().sum().backward()
+        results.append({name: p.grad for name, p in encoder.named_parameters()})
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("message", "mixer", "options"),
+    [
+        ("chunks need the mixer modules.mamba.BiMamba, not Mamba", "mamba", {"chunks": chunks(4)}),
+        ("not RelPosAttention", "relative", {"chunks": chunks(4)}),
+        ("chunk_size=-1 must be at least 1 frame, or 0", "bimamba", {"chunks": chunks(-1)}),
+        ("chunk_size_min=0 must be at least 1", "bimamba", {"chunks": chunks(4, 0)}),
+        ("at most chunk_size_max=2", "bimamba", {"chunks": chunks(4, 3, 2)}),
+        ("lookahead=-1 must be", "bimamba", {"chunks": chunks(4), "lookahead": -1}),
+        ("lookahead=2 goes with chunks", "bimamba", {"lookahead": 2}),
+    ],
+)
+def test_chunks_that_mean_nothing_are_errors(message, mixer, options):
+    with pytest.raises(ValueError, match=message):
+        make_encoder(mixer, **options)
 
 
 @pytest.mark.parametrize("attention", [RelPosAttention, RoPEAttention, CachedAttention])

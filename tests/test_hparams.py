@@ -35,8 +35,14 @@ WANTED = {
     "CTC/conmamba_tiny.yaml",
     "CTC/conmamba_causal_small.yaml",
     "CTC/conmamba_causal_tiny.yaml",
+    "CTC/conmamba_chunked_small.yaml",
+    "CTC/conmamba_chunked_tiny.yaml",
     "CTC/conformer_tiny.yaml",
     "S2S/conmamba_tiny.yaml",
+    "S2S/conmamba_causal_small.yaml",
+    "S2S/conmamba_causal_tiny.yaml",
+    "S2S/conmamba_chunked_small.yaml",
+    "S2S/conmamba_chunked_tiny.yaml",
     "S2S/conmambamamba_tiny.yaml",
 }
 # Names that command lines of the published recipe use.
@@ -53,7 +59,8 @@ OLD_MAMBA_KEYS = {"d_state", "expand", "d_conv"}
 # What makes a variant: its mixer, its decoder, and how the published runs of that size differ.
 VARIANT_KEYS = (
     "output_folder encoder decoder activation decoder_activation nhead d_state expand d_conv "
-    "initialization scan_backend grad_accumulation_factor n_warmup_steps top_db compute_features"
+    "initialization scan_backend grad_accumulation_factor n_warmup_steps top_db compute_features "
+    "chunks chunk_size lookahead chunkwise_prob chunk_size_min chunk_size_max"
 )
 
 LOAD_ALL = """

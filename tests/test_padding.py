@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from speechbrain.processing.features import InputNormalization
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfigRandomSampler
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -19,7 +20,7 @@ from modules.encoder import Encoder
 from modules.features import Features
 from modules.frontend import ConvFrontend
 from modules.losses import ctc_loss, sequence_loss
-from modules.mamba import BiMamba, Mamba
+from modules.mamba import BiMamba, Chunk, Mamba
 
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they save
 
@@ -29,12 +30,14 @@ PRECISIONS = {
     torch.float64: {"atol": 1e-9, "rtol": 0},
 }
 SMALL = {"d_state": 4, "d_conv": 4}
+FIVE = DynChunkTrainConfigRandomSampler(1.0, 5, 5, 0.0, 0, 0)  # the same whenever it is drawn
 ENCODERS = {
     "conformer": {"mixer": partial(RelPosAttention, num_heads=2)},
     "conformer_rope": {"mixer": partial(RoPEAttention, num_heads=2), "activation": nn.SiLU},
     "conmamba": {"mixer": partial(BiMamba, **SMALL)},
     "mamba": {"mixer": partial(Mamba, **SMALL)},
     "causal_conmamba": {"mixer": partial(Mamba, **SMALL), "causal": True},
+    "chunked_conmamba": {"mixer": partial(BiMamba, **SMALL), "chunks": FIVE, "lookahead": 3},
 }
 DECODERS = {
     "transformer": partial(TransformerDecoderLayer, num_heads=2, dropout=0.0),
@@ -155,7 +158,8 @@ def test_mixer(name, dtype):
     def run(model, utterances):
         # Layers hand finite values on, so nothing less is asked of a mixer alone.
         x, lengths = pad([u[0] for u in utterances], extra=3, filler=50.0)
-        return cut(model(x, lengths)[0], lengths)
+        chunk = {"chunk": Chunk(5, 3)} if "chunks" in ENCODERS[name] else {}
+        return cut(model(x, lengths, **chunk)[0], lengths)
 
     model = jolt(ENCODERS[name]["mixer"](D_MODEL), dtype)
     check_equal(run, model, speech(D_MODEL, dtype), dtype)
@@ -219,7 +223,7 @@ class Recognizer(nn.Module):
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize(
     ("encoder", "decoder"),
-    [("conformer", "transformer"), ("conmamba", "mamba"), ("causal_conmamba", "transformer")],
+    [("conformer", "transformer"), ("conmamba", "mamba"), ("chunked_conmamba", "transformer")],
 )
 def test_losses(encoder, decoder, dtype):
     def run(model, utterances):

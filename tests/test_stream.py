@@ -299,6 +299,7 @@ def test_help_teaches(monkeypatch, capsys):
 
 def test_the_benchmark_measures_every_row():
     options = ["--size=tiny", "--hours=0.001", "--threads", "1", "--chunks", "0.16", "0.32"]
+    options += ["--model", "chunked"]
     done = runs.run([sys.executable, "benchmarks/streaming.py", *options])
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])

@@ -5,6 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from speechbrain.utils.dynamic_chunk_training import (
+    DynChunkTrainConfig,
+    DynChunkTrainConfigRandomSampler,
+)
 from torch.utils._pytree import tree_leaves
 
 from modules.attention import sine_encoding
@@ -12,7 +16,7 @@ from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
 from modules.encoder import Encoder
 from modules.features import Features
 from modules.frontend import ConvFrontend
-from modules.mamba import Mamba
+from modules.mamba import BiMamba, Chunk, Mamba
 
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they save
 
@@ -137,6 +141,83 @@ def test_causal_encoder(size, dtype):
 
 
 @every_precision
+@pytest.mark.parametrize("chunk", [Chunk(3, 0), Chunk(7, 3), Chunk(5, 9), Chunk(60, 2)])
+@torch.no_grad()
+def test_chunked_bimamba(chunk, dtype):
+    mixer = prepare(BiMamba(8, d_state=4), dtype)
+    x = torch.randn(5, FRAMES, 8, dtype=dtype)
+    expected, none = mixer(x, LENGTHS, chunk=chunk)
+    assert none is None
+    if chunk.size >= FRAMES:
+        torch.testing.assert_close(expected, mixer(x, LENGTHS)[0], **TOLERANCES[dtype])
+
+    state, results = mixer.initial_state(5), []
+    for first in range(0, FRAMES, chunk.size):
+        window = x[:, first : first + chunk.size + chunk.lookahead]
+        lengths = (LENGTHS - first).clamp(0, window.shape[1])
+        size = min(chunk.size, window.shape[1])
+        ahead = window.shape[1] - size
+        y, state = mixer(window, lengths, state, Chunk(chunk.size, chunk.lookahead, ahead))
+        assert y.shape[1] == size
+        results.append(y)
+    torch.testing.assert_close(torch.cat(results, dim=1), expected, **TOLERANCES[dtype])
+    _, forward_state = mixer.forward_ssm(
+        mixer.in_proj(x).chunk(2, dim=-1)[0], LENGTHS, state=mixer.initial_state(5)
+    )
+    torch.testing.assert_close(state, forward_state, **TOLERANCES[dtype])
+
+
+def chunked_encoder(dtype, chunk_size, lookahead=3):
+    chunks = DynChunkTrainConfigRandomSampler(
+        0.6, 2, 9, 0.0, 0, 0, test_config=DynChunkTrainConfig(chunk_size)
+    )
+    mixer = partial(BiMamba, d_state=4)
+    options = {"kernel_size": 5, "chunks": chunks, "lookahead": lookahead}
+    return prepare(Encoder(6, 8, 12, 2, mixer, **options), dtype)
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "size"), [(1, 7), *((7, size) for size in SIZES), (60, 1), (60, "random")]
+)
+@torch.no_grad()
+def test_chunked_encoder(chunk_size, size):
+    dtype = torch.float64 if size == 1 else torch.float32
+    encoder = chunked_encoder(dtype, chunk_size)
+    x = torch.randn(2, FRAMES, 6, dtype=dtype)
+    expected, _ = encoder(x, torch.tensor([FRAMES, FRAMES]))
+
+    state, results, came = encoder.start(2), [], 0
+    for frames in cuts(size):
+        y, state = encoder.advance(x[:, came : came + frames], state)
+        results.append(y)
+        came += frames
+        # A chunk is there once its look-ahead is.
+        whole = max(0, came - encoder.lookahead) // chunk_size * chunk_size
+        assert sum(y.shape[1] for y in results) == whole
+    results.append(encoder.advance(x[:, :0], state, final=True)[0])
+    torch.testing.assert_close(torch.cat(results, dim=1), expected, **TOLERANCES[dtype])
+    again = encoder.start(2, chunk_size)
+    torch.testing.assert_close(
+        encoder.advance(x, again, final=True)[0], expected, **TOLERANCES[dtype]
+    )
+
+
+@torch.no_grad()
+def test_a_chunk_sees_its_look_ahead_and_no_more():
+    encoder = chunked_encoder(torch.float64, 7)
+    x = torch.randn(1, FRAMES, 6, dtype=torch.float64)
+    lengths = torch.tensor([FRAMES])
+    before, _ = encoder(x, lengths)
+    for frame in range(FRAMES):
+        changed = x.clone()
+        changed[:, frame] += 1
+        moved = (encoder(changed, lengths)[0] - before).abs().amax(dim=(0, 2)) > 1e-12
+        # The first chunk whose end, and what it looks at, come after the frame.
+        first = max(0, frame - encoder.lookahead) // 7 * 7
+        assert not moved[:first].any() and moved[first:].all()
+
+
+@every_precision
 @every_size
 @pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
@@ -174,6 +255,18 @@ def test_a_causal_encoder_has_no_length_limit():
         y, _, state = encoder(piece, torch.tensor([piece.shape[1]]), state)
         results.append(y)
     torch.testing.assert_close(torch.cat(results, dim=1), expected, atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_the_state_of_a_chunked_encoder_is_of_constant_size():
+    encoder, sizes = chunked_encoder(torch.float32, 7), set()
+    state = encoder.start(1)
+    for _ in range(40):
+        y, state = encoder.advance(torch.randn(1, 7, 6), state)
+        sizes.add(sum(part.untyped_storage().nbytes() for part in leaves(state)))
+    # The first chunk waits for its look-ahead, later ones have it.
+    assert y.shape[1] == 7 and len(sizes) <= 2
+    assert {part.device for part in leaves(state)} == {torch.device("cpu")}
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -1,4 +1,4 @@
-"""A causal model that hears the tones of `runs.speak`, trained and packaged once a test run."""
+"""Models that hear the tones of `runs.speak` as they come, trained and packaged once a test run."""
 
 import atexit
 import functools
@@ -16,13 +16,21 @@ from tests.test_transcribe import LEARNS, SENTENCES, said
 PAUSE = 1.44
 
 
-@functools.cache
 def causal_package():
-    """Folder of the package."""
-    folder = Path(tempfile.mkdtemp(prefix="mamba-asr-causal-"))
+    """Folder of the causal model's package."""
+    return package_of("CTC/conmamba_causal_tiny.yaml", 16)
+
+
+def chunked_package():
+    """Folder of the package of a model that sees 8 frames at a time and 2 after them."""
+    return package_of("CTC/conmamba_chunked_tiny.yaml", 16, chunk_size=8, lookahead=2)
+
+
+@functools.cache
+def package_of(yaml_file, epochs, **options):
+    folder = Path(tempfile.mkdtemp(prefix="mamba-asr-streaming-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    options = LEARNS | {"number_of_epochs": 16}
-    runs.train("CTC/conmamba_causal_tiny.yaml", folder / "run", **options)
+    runs.train(yaml_file, folder / "run", **LEARNS | {"number_of_epochs": epochs} | options)
     return package(folder / "run", folder / "package")
 
 
