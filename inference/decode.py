@@ -9,6 +9,12 @@ import torch
 from modules.errors import UserError
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".caf", ".w64")
+# FFmpeg's containers of one file. Playlists are not among them: they open other files.
+CONTAINERS = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,"
+    "tak,tta,voc,w64,wav,wv"
+)
+OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
 PYAV_SUFFIXES = (".m4a", ".mp4", ".webm", ".aac", ".mkv", ".mka", ".mov", ".wma", ".amr", ".3gp")
 
 
@@ -52,7 +58,7 @@ def open_container(path):
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), options=OPTIONS) as container:
             if not container.streams.audio:
                 raise UserError(f"{path} holds no audio stream; give a recording")
             rate = container.streams.audio[0].rate
@@ -71,7 +77,7 @@ def container_blocks(path, rate):
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), options=OPTIONS) as container:
             # One rate and number type; the channels stay as they are.
             resampler = av.AudioResampler(format="fltp", rate=rate)
             held = []
