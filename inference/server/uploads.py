@@ -28,8 +28,8 @@ class Upload:
 async def received(request, limits, folder, seconds):
     """An Upload whose file is in `folder` until the context ends.
 
-    RefusedError when it is too large, too slow or no form with a file; ClientDisconnect when the client
-    leaves.
+    RefusedError when it is too large, too slow or no form with a file; ClientDisconnect when the
+    client leaves.
     """
     with contextlib.ExitStack() as stack:
         try:
