@@ -33,15 +33,16 @@ class Server(uvicorn.Server):
 
 def listen(host, port):
     """An open socket; UserError when the address cannot be had. Port 0: the system chooses."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port} is no port; give one up to 65535, or 0 for any")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--host {host} --port {port}: {reason}; give others") from None
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; give others") from None
     return listening
 
 

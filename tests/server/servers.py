@@ -80,8 +80,11 @@ def recognizer():
 
 
 @contextlib.contextmanager
-def served(model=None, **options):
-    """A server in a thread of this process: yields its Service, with its `url`."""
+def served(model=None, early=None, **options):
+    """A server in a thread of this process: yields its Service, with its `url`, when it is warm.
+
+    early: called with the Service before that.
+    """
     import uvicorn
 
     service = Service(model or recognizer(), "tiny", **options)
@@ -93,6 +96,8 @@ def served(model=None, **options):
     thread.start()
     service.stop = lambda: setattr(server, "should_exit", True)
     try:
+        if early is not None:
+            early(service)
         until(lambda: service.warm)
         yield service
     finally:
