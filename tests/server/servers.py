@@ -164,3 +164,8 @@ def post(url, content, name="a.wav", **fields):
 def address(url):
     host, _, port = url.removeprefix("http://").partition(":")
     return host, int(port)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return listening.getsockname()[1]
