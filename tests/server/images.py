@@ -63,9 +63,8 @@ class Image:
 
     def build(self, name):
         base, steps = self.stages[name]
-        self.base = self.expand(base)
-        if self.base in self.stages:
-            self.build(self.base)
+        if base in self.stages:
+            self.build(base)
         for instruction, text in steps:
             getattr(self, f"do_{instruction.lower()}")(text)
 
