@@ -17,6 +17,7 @@ from inference.audio import EmptyAudioError
 from inference.server import streams
 from inference.server.limits import RefusedError
 from inference.server.replies import REPLIES, reply, wanted
+from inference.server.service import bearer
 from inference.server.uploads import received, unless_left
 from modules.errors import UserError
 
@@ -149,12 +150,6 @@ def count(metrics, status, heard, seconds):
     metrics.audio_seconds.labels("file").inc(heard)
     if heard:
         metrics.real_time_factor.observe(seconds / heard)
-
-
-def bearer(headers):
-    """The key of an Authorization header, or None."""
-    kind, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip() if kind.lower() == "bearer" else None
 
 
 async def refusal(_, error):

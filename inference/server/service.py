@@ -122,3 +122,9 @@ class Service:
     def said(self, text):
         """What was said, for the log if that is wanted."""
         return f" {text!r}" if self.log_transcripts else ""
+
+
+def bearer(headers):
+    """The key of an Authorization header, or None."""
+    kind, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if kind.lower() == "bearer" else None

@@ -18,6 +18,7 @@ from starlette.websockets import WebSocketDisconnect
 from inference.audio import Resampler
 from inference.formats import rounded
 from inference.server.limits import RefusedError
+from inference.server.service import bearer
 from inference.sources import PACKET
 from inference.transcript import Final
 from modules.errors import UserError
@@ -25,7 +26,7 @@ from modules.errors import UserError
 log = logging.getLogger("mamba_asr.server")
 FORMATS = {"s16le": (torch.int16, 2**15), "f32le": (torch.float32, 1)}
 # Closing codes of RFC 6455 for what HTTP has a status for.
-CODES = {400: 1007, 401: 1008, 408: 1008, 415: 1003, 503: 1013}
+CODES = {400: 1007, 401: 1008, 408: 1008, 415: 1003, 500: 1011, 503: 1013}
 RESTART = 1012
 LONGEST_REASON = 123  # bytes
 
@@ -35,7 +36,8 @@ async def serve(socket: WebSocket, service):
     await socket.accept()
     try:
         start = await hello(socket, service)
-        service.check_key(bearer_of(socket, start))
+        # From the header, or from the start: browsers cannot set headers here.
+        service.check_key(bearer(socket.headers) or str(start.get("api_key") or ""))
         if service.cannot_stream is not None:
             raise RefusedError(415, service.cannot_stream)
         with service.slot("streams"):
@@ -44,6 +46,9 @@ async def serve(socket: WebSocket, service):
         await close(socket, CODES[error.status], error.message)
     except WebSocketDisconnect:
         pass
+    except Exception:
+        log.exception("a stream failed")
+        await close(socket, CODES[500], "the model failed; the server's log tells how")
 
 
 async def hello(socket, service):
@@ -56,12 +61,6 @@ async def hello(socket, service):
     if not isinstance(start, dict) or start.get("type") != "start":
         raise RefusedError(400, 'the first message is no {"type": "start", "sample_rate": 16000}')
     return start
-
-
-def bearer_of(socket, start):
-    """A key, from the header, or from the start: browsers cannot set headers here."""
-    kind, _, key = socket.headers.get("authorization", "").partition(" ")
-    return key.strip() if kind.lower() == "bearer" else str(start.get("api_key") or "")
 
 
 async def next_message(socket, service):

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -66,6 +67,7 @@ def lines(beginning):
     return found
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_server_and_what_is_asked_of_it(place):
     plain, keyed = lines("python serve.py --model")
     port = free_port()

@@ -146,6 +146,17 @@ def test_mistakes_are_explained(messages, code, reason):
     assert "Traceback" not in shared().log()
 
 
+def test_a_model_that_fails(monkeypatch):
+    def advance(*_):
+        raise RuntimeError("out of order")
+
+    with served() as service, opened(service.url) as socket:
+        assert start(socket)["type"] == "ready"
+        monkeypatch.setattr("inference.streaming.StreamingCTC.advance", advance)
+        socket.send(bytes(2 * RATE))
+        assert rest(socket)[1:] == (1011, "the model failed; the server's log tells how")
+
+
 def test_places_keys_and_patience():
     limits = Limits(streams=1, idle=1.0)
     with served(limits=limits, api_key="secret") as service:
