@@ -15,6 +15,10 @@ from modules.errors import UserError
 BLOCK = 10  # s that are resampled at a time, unless a stream wants less
 
 
+class EmptyAudioError(UserError):
+    """A recording without a single sample."""
+
+
 @dataclass(frozen=True)
 class Recording:
     """Audio that is not read yet.
@@ -58,35 +62,56 @@ def read(recording, target_rate):
         empty = empty and not len(block)
         yield block
     if empty:
-        raise UserError(f"{recording.name} holds no samples; give audio that is not empty")
+        raise EmptyAudioError(f"{recording.name} holds no samples; give audio that is not empty")
 
 
 def resampled(blocks, rate, target_rate, seconds=BLOCK):
     """Blocks (N,) at `rate` -> the same sound at `target_rate`, as if it were one block.
 
-    Each block is resampled with what stands before and after it, as far as the filter reaches. The
-    ratio is one of numbers up to 1000: exact for all usual rates, else wrong by a few millionths.
     seconds: what is resampled at a time, the delay of a stream.
     """
-    ratio = Fraction(target_rate, rate).limit_denominator(1000)
-    if ratio == 1:
-        yield from blocks
-        return
-    new, old = ratio.numerator, ratio.denominator
-    context = -(-10 * max(1.0, old / new) // old) * old  # torchaudio's filter reaches 6 / 0.99
-    context = int(context)
-    size = max(context, old * -(-int(seconds * rate) // old))
-    before, buffer = torch.zeros(0), torch.zeros(0)
+    resampler = Resampler(rate, target_rate, seconds)
     for block in blocks:
-        buffer = torch.cat([buffer, block])
-        while len(buffer) >= size + context:
-            x = resample(torch.cat([before, buffer[: size + context]]), old, new)
-            skip = len(before) // old * new
-            yield x[skip : skip + size // old * new]
-            before, buffer = buffer[size - context : size], buffer[size:]
-    if len(buffer):
-        x = resample(torch.cat([before, buffer]), old, new)
-        yield x[len(before) // old * new :]
+        yield from resampler.push(block)
+    yield from resampler.finish()
+
+
+class Resampler:
+    """Blocks of sound at `rate` as they come -> the same sound at `target_rate`.
+
+    Each block is resampled with what stands before and after it, as far as the filter reaches. The
+    ratio is one of numbers up to 1000: exact for all usual rates, else wrong by a few millionths.
+    """
+
+    def __init__(self, rate, target_rate, seconds=BLOCK):
+        ratio = Fraction(target_rate, rate).limit_denominator(1000)
+        self.new, self.old = new, old = ratio.numerator, ratio.denominator
+        # torchaudio's filter reaches 6 / 0.99
+        self.context = int(-(-10 * max(1.0, old / new) // old) * old)
+        self.size = max(self.context, old * -(-int(seconds * rate) // old))
+        self.before, self.buffer = torch.zeros(0), torch.zeros(0)
+
+    def push(self, block):
+        """Yield what a block (N,) completes, in pieces."""
+        if self.new == self.old:
+            yield block
+            return
+        self.buffer = torch.cat([self.buffer, block])
+        while len(self.buffer) >= self.size + self.context:
+            length = self.size // self.old * self.new
+            yield self._resample(self.buffer[: self.size + self.context])[:length]
+            self.before = self.buffer[self.size - self.context : self.size]
+            self.buffer = self.buffer[self.size :]
+
+    def finish(self):
+        """Yield the rest: the sound ends here."""
+        if len(self.buffer):
+            yield self._resample(self.buffer)
+
+    def _resample(self, x):
+        """x (N,) after what came before it -> as much at the target rate."""
+        y = resample(torch.cat([self.before, x]), self.old, self.new)
+        return y[len(self.before) // self.old * self.new :]
 
 
 def from_array(audio, sample_rate):

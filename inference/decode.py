@@ -20,6 +20,12 @@ UNKNOWN = 1 << 62  # so many samples say that libsndfile does not know
 # What states its length, and not a guess from the bit rate.
 TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 TOLERANCE = 0.5  # s: codecs add silence, and take it away
+# FFmpeg's containers of one file. Playlists are not among them: they open other files.
+CONTAINERS = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,"
+    "tak,tta,voc,w64,wav,wv"
+)
+OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
 PYAV_SUFFIXES = (".m4a", ".mp4", ".webm", ".aac", ".mkv", ".mka", ".mov", ".wma", ".amr", ".3gp")
 
 
@@ -92,7 +98,7 @@ def open_container(path):
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), options=OPTIONS) as container:
             if not container.streams.audio:
                 raise UserError(f"{path} holds no audio stream; give a recording")
             stream = container.streams.audio[0]
@@ -130,7 +136,7 @@ def container_blocks(path, rate, seconds):
 
     decoded = reached = 0.0  # s: of pauses that are not stored only the time remains
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), options=OPTIONS) as container:
             # One rate and number type; the channels stay as they are.
             resampler = av.AudioResampler(format="fltp", rate=rate)
             held = []

@@ -12,7 +12,7 @@ from inference.audio import open_audio, read
 from inference.files import load_parts, model_of, read_config
 from inference.parts import build_parts
 from inference.transcript import Result, transcript_of
-from inference.windows import WHOLE, WINDOW, join, limits, moved, windows
+from inference.windows import WHOLE, WINDOW, joined, limits, windows
 from modules.errors import UserError
 from modules.launch import best_device, check_device
 from modules.lengths import relative
@@ -153,8 +153,8 @@ class Recognizer:
         while batch := list(islice(source, batch_size)):
             heard = self.words([w.x for w in batch])
             for piece, new in zip(batch, heard, strict=True):
-                start, end = piece.start / rate, (piece.start + len(piece.x)) / rate
-                words = join(words, moved(new, start), start, start + piece.overlap / rate)
+                words = joined(words, piece, new, rate)
+                end = (piece.start + len(piece.x)) / rate
             if progress is not None:
                 progress(recording.name, end, recording.seconds)
         return transcript_of(words, end)

@@ -87,6 +87,12 @@ def cut(x, rate):
     return len(x), min(max(len(x) // 4, least), most)
 
 
+def joined(words, window, new, rate):
+    """Words so far, the next window and the words heard in it -> the words of both."""
+    start = window.start / rate
+    return join(words, moved(new, start), start, start + window.overlap / rate)
+
+
 def join(before, after, start, end):
     """Words of two windows that share the time from `start` to `end` -> one sequence.
 

@@ -122,3 +122,18 @@ def test_files_that_cannot_be_used(tmp_path):
     sf.write(tmp_path / "none.wav", np.zeros(0), RATE)
     with pytest.raises(UserError, match="holds no samples"):
         whole(tmp_path / "none.wav")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.mp3\n#EXT-X-ENDLIST\n"),
+        ("list.txt", "ffconcat version 1.0\nfile other.mp3\n"),
+    ],
+)
+def test_a_playlist_opens_no_other_file(name, text, tmp_path):
+    pytest.importorskip("av")
+    sf.write(tmp_path / "other.mp3", np.zeros(16000), 16000)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="is no audio"):
+        open_audio(tmp_path / name)
