@@ -132,7 +132,8 @@ def part_of(batch, rows):
     """A batch of these rows; takes along their part of `features`, when it has them."""
     public = {name: value for name, value in vars(batch).items() if not name.startswith("_")}
     features = public.pop("features", None)
-    del public["unread"], public["lost"]
+    for name in ("unread", "lost"):
+        public.pop(name, None)
     part = Batch([{k: row_of(v, i) for k, v in public.items()} for i in rows])
     if features is not None:
         x, lengths = features
