@@ -154,7 +154,7 @@ class ASRBrain(ResumingBrain):
     def check_loss_isfinite(self, loss):
         super().check_loss_isfinite(loss)
         if self.graphs is not None:
-            self.graphs.discard = not self.batches[-1][0]
+            self.graphs.discard = not (self.looks_back() or self.batches[-1][0])
 
     def gradients(self):
         """All gradients; of a step by graphs they lie in one tensor."""

@@ -34,11 +34,12 @@ class HalvingBrain(FiniteBrain):
             loss = self.learn(batch)
         if should_step:
             self.optimizers_step()
+        loss = loss.cpu()  # now that the device has the step's work
         self.on_fit_batch_end(batch, None, loss, should_step)
         return loss
 
     def learn(self, batch, share=1.0):
-        """Add a batch's gradient, times its share of the whole batch: its loss, on the CPU."""
+        """Add a batch's gradient, times its share of the whole batch: its loss."""
         noted = len(self.batches), len(self.unalignable)
         earlier = self.gradients_to_keep()
         try:
@@ -72,7 +73,7 @@ class HalvingBrain(FiniteBrain):
         self.check_loss_isfinite(scaled)
         scaled.backward()
         self.remove_hooks()
-        return loss.detach().cpu()
+        return loss.detach()
 
     def gradients_to_keep(self):
         """Copies of what the step's earlier batches left: {parameter: gradient}."""

@@ -52,7 +52,11 @@ class FiniteBrain(sb.Brain):
         Its gradients become zero as they reach the parameters: other processes exchange theirs
         in this pass, and wait for all.
         """
-        finite = bool(torch.isfinite(loss)) and not getattr(self.current, "lost", False)
+        finite = torch.isfinite(loss) & (not getattr(self.current, "lost", False))
+        if self.looks_back():
+            self.batches.append((finite, self.current.id))
+            return
+        finite = bool(finite)
         self.batches.append((finite, self.current.id if finite else suspects(self.current)))
         if not finite:
             parameters = [p for p in self.modules.parameters() if p.requires_grad]
@@ -87,16 +91,48 @@ class FiniteBrain(sb.Brain):
 
     # ---- Steps ----
 
+    def looks_back(self):
+        """Whether a step is decided on the device, and the host learns of it afterwards.
+
+        A host that must know of the loss before the backward pass, and of the gradients before
+        the step, leaves the device without work each time. It takes a batch a step, so that what
+        is wrong with the one is wrong with the other, and an optimizer that can skip by itself.
+        """
+        alone = self.graphs is not None and self.grad_accumulation_factor == 1
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        return alone and fused and not self.scaler.is_enabled() and not self.distributed_launch
+
+    def step_unless_wrong(self, gradients, norm):
+        """Take a step, which changes nothing when numbers are not finite: whether gradients are."""
+        schedule, groups = self.hparams.lr_scheduler, self.optimizer.param_groups
+        before = dict(vars(schedule)), [group["lr"] for group in groups]
+        (finite, ids), right = self.batches[0], norm.isfinite()
+        clip(gradients, norm, self.max_grad_norm)
+        # As a gradient scaler tells a fused optimizer to skip.
+        self.optimizer.found_inf = (~(finite & right)).float()
+        self.optimizer.step()
+        self.optimizer.found_inf = None
+        finite, right = bool(finite), bool(right)
+        if not (finite and right):
+            vars(schedule).update(before[0])
+            for group, lr in zip(groups, before[1], strict=True):
+                group["lr"] = lr
+        if not finite:
+            self.restore_statistics()
+            ids = suspects(self.current)
+        self.batches[:] = [(finite, ids)]
+        return right or not finite  # of a wrong loss they are no news
+
     def optimizers_step(self):
         """A step, unless there is nothing finite to step on.
 
         SpeechBrain's clips the first group of parameters alone. Here one norm, over all of them,
         serves the check and the clipping.
         """
-        gradients, wrong = self.gradients(), False
+        gradients, norm, wrong, taken = self.gradients(), None, False, self.looks_back()
         if not self.scaler.is_enabled():  # else overflow is its business
             norm = get_total_norm(gradients)
-            wrong = not norm.isfinite()
+            wrong = not (self.step_unless_wrong(gradients, norm) if taken else norm.isfinite())
         dropped = sum(not finite for finite, _ in self.batches)
         kept = len(self.batches) - dropped
         dropped, kept, wrong, *granted = self.sum_of_ranks(dropped, kept, wrong, *self.requests())
@@ -124,18 +160,23 @@ class FiniteBrain(sb.Brain):
         if skip:
             self.zero_grad(set_to_none=True)
             return
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
-            norm = get_total_norm(gradients)
-        clip(gradients, norm, self.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if not taken:
+            self.step_now(gradients, norm)
         self.zero_grad(set_to_none=True)
         self.optimizer_step += 1
 
     def requests(self):
         """What this process wants after the step, as flags; one process is enough."""
         return ()
+
+    def step_now(self, gradients, norm):
+        """Clip and step; in fp16 the norm is known once the scale is taken out."""
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+            norm = get_total_norm(gradients)
+        clip(gradients, norm, self.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def gradients(self):
         """Tensors that hold all gradients of the step."""
