@@ -48,7 +48,7 @@ class ASRBrain(ResumingBrain):
         self.tokenizer = hparams["tokenizer"]
         self.loggers = make_loggers(hparams)
         self.graphs = self.evaluation_graphs = None
-        self.results = {}
+        self.results, self.unread = {}, []
 
     # ---- The network ----
 
