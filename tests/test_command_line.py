@@ -192,8 +192,10 @@ def test_missing_manifest(fails):
     assert "train.csv is missing; run without --skip_prep" in message
 
 
-def test_characters_outside_the_alphabet(fails):
-    message = fails(CTC, alphabet="ABCD ", output_neurons=8)
+def test_characters_outside_the_alphabet(tmp_path):
+    with pytest.raises(UserError) as error:
+        runs.build(CTC, tmp_path, alphabet="ABCD ", output_neurons=8)
+    message = str(error.value)
     assert "unexpected characters: " in message
     assert re.search(r"'EF?' in '", message)
     assert "set --alphabet and --output_neurons" in message

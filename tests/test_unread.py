@@ -124,6 +124,8 @@ def test_a_batch_of_which_nothing_is_left(data, tmp_path):
     assert line["steps"] == whole["steps"] - 1
     assert math.isfinite(line["train loss"] + line["valid loss"])
     assert "without 1 files that cannot be read" in printed
+    scored = (tmp_path / "again/wer_test-a.txt").read_text()
+    assert len(re.findall(r"^3-1-\d+, %WER ", scored, re.M)) == 3
     log = (tmp_path / "again/log.txt").read_text()
     assert re.search(r"not finite; the step is skipped, .*: 1-1-0003\n", log)
 
