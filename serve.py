@@ -23,7 +23,7 @@ DIR is a package: python package.py OUTPUT_FOLDER --output DIR makes one from a 
 
 /                          a page to drop a file on, or to speak
 /v1/audio/transcriptions   as the OpenAI API's: response_format json, text, verbose_json, srt, vtt
-/v1/stream                 WebSocket for live audio, with a causal model
+/v1/stream                 WebSocket for live audio, with a causal or chunked model
 /health, /ready, /metrics  alive; warm; numbers for Prometheus
 
 Requests that come together are computed together. SIGTERM and Ctrl-C let what runs end.

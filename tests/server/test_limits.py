@@ -117,8 +117,8 @@ def test_a_small_file_of_many_hours(tmp_path):
         nothing_left(service)
 
 
-def test_a_header_that_lies_about_the_length(tmp_path, monkeypatch):
-    """Its length is counted, and it is heard in windows, whatever the header says."""
+def test_a_header_that_hides_the_length(tmp_path, monkeypatch):
+    """What tells none is counted and heard in windows; what tells a wrong one is refused."""
     av = pytest.importorskip("av")
     path = tmp_path / "a.mka"
     with av.open(str(path), "w", format="matroska") as container:
@@ -133,6 +133,7 @@ def test_a_header_that_lies_about_the_length(tmp_path, monkeypatch):
     content = path.read_bytes()
     place = content.index(b"\x44\x89\x88") + 3  # Segment > Info > Duration, ms
     lying = content[:place] + struct.pack(">d", 1000.0) + content[place + 8 :]
+    hiding = content[: place - 3] + b"\xec\x89" + bytes(9) + content[place + 8 :]  # Void
     longest = []
     whole = servers.recognizer().words
 
@@ -144,6 +145,8 @@ def test_a_header_that_lies_about_the_length(tmp_path, monkeypatch):
     with served(limits=Limits(audio=30)) as service:
         longest.clear()
         code, _, body = post(service.url, lying, "a.mka")
+        assert code == 415 and "says 1.00 s and is longer" in body["error"]["message"]
+        code, _, body = post(service.url, hiding, "a.mka")
         assert code == 413 and "lasts more than that" in body["error"]["message"]
         assert max(longest) <= 2 * RATE
         nothing_left(service)

@@ -33,6 +33,7 @@ function begin(name) {
   $("play").disabled = true;
   wave.clear();
   show({ name, words: [], segments: [], maybe: [] });
+  moved(0);
 }
 
 // words and segments that are final, and `maybe`, the words that may still change.
