@@ -227,7 +227,7 @@ def log_lines(output_folder):
     return lines
 
 
-def wait_for_epochs(output_folder, number, process, seconds=60):
+def wait_for_epochs(output_folder, number, process, seconds=180):
     """Return once a process's log has so many epochs."""
     log, deadline = Path(output_folder) / "train_log.txt", time.monotonic() + seconds
     while not (log.is_file() and log.read_text().count("epoch:") >= number):

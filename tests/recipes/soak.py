@@ -46,8 +46,8 @@ ENDS = {"kill": -signal.SIGKILL, "stop": 75, "full disk": 2}
 class Run:
     """A training in a process of its own, forked after the imports, and what it is seen to hold."""
 
-    def __init__(self, folder, data, workers):
-        self.folder, self.data, self.workers = folder, data, workers
+    def __init__(self, folder, data, workers, beside=None):
+        self.folder, self.data, self.workers, self.beside = folder, data, workers, beside
         self.seen, self.recoveries, self.lives = [], [], 0
 
     def start(self, epochs=FOREVER):
@@ -72,7 +72,9 @@ class Run:
         return False
 
     def look(self):
-        """Note memory (MB) and file handles."""
+        """Note memory (MB) and file handles, of the run beside it too."""
+        if self.beside is not None:
+            self.beside.look()
         with contextlib.suppress(FileNotFoundError):
             pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
             handles = len(os.listdir(f"/proc/{self.pid}/fd"))
@@ -228,9 +230,10 @@ def soak(place, minutes, every):
     data = shutil.copytree(runs.corpus(), place / "data")
     calm = Run(place / "calm", shutil.copytree(data, place / "calm_data"), workers=0)
     with small_disk(place / "disk") as mounted:
-        run = Run(place / "disk/run", data, workers=1)
+        run = Run(place / "disk/run", data, workers=1, beside=calm)
         faults = {n: f for n, f in FAULTS.items() if mounted or n != "full disk"}
         calm.start()
+        calm.seen.clear()
         try:
             run.start()
             counts = disturb(run, faults, minutes, every)
@@ -259,10 +262,10 @@ def report(run, calm, counts, epochs):
     wrong = []
     if abs(means[0] - means[1]) > 3 * noise + 0.02 * theirs[1]:
         wrong.append("loss")
-    thirds = quarters(calm.seen)
-    if thirds[1][0] > 1.1 * thirds[0][0]:
+    parts = quarters(calm.seen)
+    if parts[1][0] > 1.1 * parts[0][0]:
         wrong.append("memory")
-    if thirds[1][1] > thirds[0][1] + 2:
+    if parts[1][1] > parts[0][1] + 2:
         wrong.append("file handles")
     return wrong, {
         "faults": {name: number for name, (number, _) in counts.items()},
@@ -273,8 +276,8 @@ def report(run, calm, counts, epochs):
         "without faults": round(means[1], 3),
         "its deviation": round(noise, 3),
         "seconds to train again, median": round(statistics.median(run.recoveries[1:]), 2),
-        "memory MB, early and late": [round(q[0], 1) for q in thirds],
-        "file handles, early and late": [q[1] for q in thirds],
+        "memory MB, early and late": [round(q[0], 1) for q in parts],
+        "file handles, early and late": [q[1] for q in parts],
         "wrong": wrong,
     }
 
