@@ -14,7 +14,7 @@ import torch
 from inference.server.batching import Batcher
 from inference.server.limits import Limits, RefusedError
 from inference.server.metrics import Metrics
-from inference.streaming import StreamingRecognizer, check_causal
+from inference.streaming import StreamingRecognizer, check_streams
 from modules.errors import UserError
 
 log = logging.getLogger("mamba_asr.server")
@@ -45,7 +45,7 @@ class Service:
         self.warm, self.draining = False, asyncio.Event()
         self.open = {"queue": 0, "streams": 0}
         try:
-            check_causal(recognizer)
+            check_streams(recognizer)
             self.cannot_stream = None
         except UserError as error:
             self.cannot_stream = str(error)
