@@ -10,10 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from inference import Recognizer
 from inference.formats import FORMATS
 from inference.jobs import STDIN, find, jobs_of, write
-from inference.recognizer import check_batch_size
+from inference.listener import check_batch_size
 from inference.windows import limits
 from modules.errors import UserError
 
@@ -26,7 +25,8 @@ examples:
   curl -s https://example.org/a.ogg | python transcribe.py - --model DIR
   python transcribe.py speech.wav --model DIR --beam 50 --lm 4-gram.arpa
 
-DIR is a package: python package.py OUTPUT_FOLDER --output DIR makes one from a training.
+DIR is a package: python package.py OUTPUT_FOLDER --output DIR makes one from a training. A file
+model.onnx that export.py made from a package does too, on the CPU and without PyTorch installed.
 
 wav, flac, mp3, ogg and opus of any sample rate and any channels; m4a, mp4, webm and what else
 FFmpeg reads after `pip install av`. A folder is searched through, and its layout kept below
@@ -47,7 +47,7 @@ def parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("inputs", nargs="+", metavar="FILE", help='file, folder, "glob" or - for stdin')
-    p.add_argument("--model", required=True, metavar="DIR", help="the package")
+    p.add_argument("--model", required=True, metavar="DIR", help="the package, or a file .onnx")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (auto)")
     p.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="recordings heard at once (16)"
@@ -105,17 +105,34 @@ def run(arguments, stdin):
             "--output-dir, or --format json"
         )
     make_folder(arguments.output_dir)
-    recognizer = Recognizer.from_folder(
+    recognizer = load(arguments)
+    if any(job.name == STDIN for job in jobs):
+        with open(stdin, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    return transcribe(recognizer, jobs, arguments)
+
+
+def load(arguments):
+    """The recogniser of --model; PyTorch is imported for a package alone."""
+    if Path(arguments.model).suffix == ".onnx":
+        from inference.onnx import OnnxRecognizer
+
+        if arguments.device not in ("auto", "cpu"):
+            raise UserError(
+                f"--device {arguments.device}: a file .onnx runs on the CPU; leave it out"
+            )
+        if arguments.lm is not None:
+            raise UserError(f"--lm {arguments.lm}: give the package as --model, not a file .onnx")
+        return OnnxRecognizer.from_file(arguments.model, arguments.beam)
+    from inference import Recognizer
+
+    return Recognizer.from_folder(
         arguments.model,
         arguments.device,
         beam_size=arguments.beam,
         lm=arguments.lm,
         lm_weight=arguments.lm_weight,
     )
-    if any(job.name == STDIN for job in jobs):
-        with open(stdin, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
-    return transcribe(recognizer, jobs, arguments)
 
 
 def make_folder(folder):

@@ -5,11 +5,11 @@ from itertools import pairwise
 import torch
 from torchaudio.functional import forced_align, merge_tokens
 
-from inference.transcript import Word
+from inference import words
+from inference.words import GAP
 from modules.tokenizer import SPECIAL, SubwordTokenizer
 
 BLANK = 0
-GAP = "\u2581"  # SentencePiece's sign for the space before a word
 
 
 def align(tokens, log_probs, seconds_per_frame, duration, tokenizer):
@@ -25,24 +25,13 @@ def align(tokens, log_probs, seconds_per_frame, duration, tokenizer):
     """
     spans = token_spans(tokens, log_probs)
     if spans is None:
-        width = len(log_probs) / len(tokens)
-        spans = [(i * width, (i + 1) * width, 0.0) for i in range(len(tokens))]
-
+        spans = words.spread(tokens, len(log_probs))
     return timed_words(tokens, spans, seconds_per_frame, duration, tokenizer)
 
 
 def timed_words(tokens, spans, seconds_per_frame, duration, tokenizer):
     """Tokens and their spans, (first frame, frame after the last, posterior) -> words."""
-
-    def time(frame):
-        return min(max((frame - 0.5) * seconds_per_frame, 0.0), duration)
-
-    words = []
-    for text, members in words_of(tokens, tokenizer):
-        parts = [spans[i] for i in members]
-        confidence = sum(p for _, _, p in parts) / len(parts)
-        words.append(Word(text, time(parts[0][0]), time(parts[-1][1]), confidence))
-    return words
+    return words.timed_words(pieces(tokens, tokenizer), spans, seconds_per_frame, duration)
 
 
 def token_spans(tokens, log_probs):
@@ -65,19 +54,7 @@ def token_spans(tokens, log_probs):
 
 def words_of(tokens, tokenizer):
     """Tokens -> [(word, indices of its tokens)]; joined by spaces, the words are the text."""
-    words = []
-    new = True
-    for i, piece in enumerate(pieces(tokens, tokenizer)):
-        text = piece.removeprefix(GAP)
-        new = new or text != piece
-        if not text:
-            continue
-        if new:
-            words.append((text, [i]))
-        else:
-            words[-1] = (words[-1][0] + text, [*words[-1][1], i])
-        new = False
-    return words
+    return words.words_of(pieces(tokens, tokenizer))
 
 
 def pieces(tokens, tokenizer):

@@ -42,7 +42,8 @@ def open_audio(audio, sample_rate=None):
     UserError for what cannot be used; what is found only when reading is raised by `read`.
     """
     if isinstance(audio, str | Path):
-        return Recording(str(audio), *open_file(audio))
+        rate, seconds, blocks = open_file(audio)
+        return Recording(str(audio), rate, seconds, lambda: map(torch.from_numpy, blocks()))
     x = from_array(audio, sample_rate)
     blocks = x.split(BLOCK * int(sample_rate)) if len(x) else ()
     return Recording("the array", int(sample_rate), len(x) / sample_rate, lambda: iter(blocks))

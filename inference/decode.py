@@ -6,8 +6,8 @@ A file that ends before its sound does is an error, not a shorter recording.
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import soundfile as sf
-import torch
 
 from modules.cut_off import cut_off
 from modules.errors import UserError
@@ -32,7 +32,7 @@ PYAV_SUFFIXES = (".m4a", ".mp4", ".webm", ".aac", ".mkv", ".mka", ".mov", ".wma"
 def open_file(path):
     """An audio file -> its rate, Hz, its length in seconds or None, a function that reads it.
 
-    That function yields blocks (N,) float32, the mean over channels, in bounded memory.
+    That function yields arrays (N,) float32, the mean over channels, in bounded memory.
     UserError for what is no audio, here or while reading.
     """
     path = Path(path)
@@ -85,7 +85,7 @@ def soundfile_blocks(path):
             size, left = min(file.samplerate, BLOCK // file.channels), file.frames
             while len(block := file.read(size, dtype="float32", always_2d=True)):
                 left -= len(block)
-                yield torch.from_numpy(block).mean(dim=1)
+                yield block.mean(axis=1)
             if left > 0 and file.frames < UNKNOWN:
                 raise UserError(ends_early(path, f"{left} of {file.frames} samples are missing"))
     except (sf.LibsndfileError, OSError) as error:
@@ -146,14 +146,14 @@ def container_blocks(path, rate, seconds):
                 reached = max(reached, (frame.time or 0) - start + frame.samples / frame.rate)
                 held += map(mono, resampler.resample(frame))
                 if sum(map(len, held)) >= rate:
-                    block, held = torch.cat(held), []
+                    block, held = np.concatenate(held), []
                     decoded += len(block) / rate
                     if seconds is not None and decoded > seconds + TOLERANCE:
                         raise UserError(f"{path} says {seconds:.2f} s and is longer; convert it")
                     yield block
             held += map(mono, resampler.resample(None))
             if held:
-                yield torch.cat(held)
+                yield np.concatenate(held)
         if seconds is not None and reached < seconds - TOLERANCE:
             raise UserError(ends_early(path, f"it says {seconds:.2f} s and has {reached:.2f} s"))
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -162,7 +162,7 @@ def container_blocks(path, rate, seconds):
 
 def mono(frame):
     """One channel a row -> their mean (N,)."""
-    return torch.from_numpy(frame.to_ndarray()).float().mean(dim=0)
+    return frame.to_ndarray().astype(np.float32).mean(axis=0)
 
 
 def reason_of(error):

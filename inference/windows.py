@@ -5,9 +5,9 @@ both hear the words at the seam.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-from torch.nn import functional as F  # noqa: N812
+import numpy as np
 
 from modules.errors import UserError
 
@@ -41,10 +41,13 @@ def limits(chunk_seconds, whole_seconds=WHOLE, window_seconds=WINDOW):
 
 @dataclass(frozen=True)
 class Window:
-    """Samples x (N,) from sample `start` of a recording; the first `overlap` of them are shared."""
+    """Samples x (N,), array or tensor, from sample `start` of a recording on.
+
+    The first `overlap` of them are shared.
+    """
 
     start: int
-    x: torch.Tensor
+    x: Any
     overlap: int
 
 
@@ -58,12 +61,21 @@ def windows(blocks, size, rate):
         held.append(block)
         count += len(block)
         while size is not None and count > size:
-            x = torch.cat(held)
+            x = together(held)
             end, shared = cut(x[:size], rate)
-            yield Window(start, x[:end].clone(), overlap)
+            yield Window(start, together([x[:end]]), overlap)
             held, start, overlap = [x[end - shared :]], start + end - shared, shared
             count = len(held[0])
-    yield Window(start, torch.cat(held), overlap)
+    yield Window(start, together(held), overlap)
+
+
+def together(blocks):
+    """Arrays or tensors (N,) -> a new one that holds them all."""
+    if isinstance(blocks[0], np.ndarray):
+        return np.concatenate(blocks)
+    import torch  # not needed for arrays
+
+    return torch.cat(blocks)
 
 
 def cut(x, rate):
@@ -72,15 +84,15 @@ def cut(x, rate):
     x (N,): all that the window may hold. In its later half the quietest place is looked for.
     """
     step = int(STEP * rate)
-    frames = x[: len(x) // step * step].view(-1, step)
-    loudness = frames.square().mean(dim=1).sqrt()
+    frames = np.asarray(x[: len(x) // step * step]).reshape(-1, step)
+    loudness = np.sqrt(np.square(frames).mean(axis=1))
     if len(loudness) >= 3 * int(SILENCE / STEP):
-        limit = max(loudness.quantile(0.9).item() * 10 ** (-DROP / 20), LOWEST)
+        limit = max(np.quantile(loudness, 0.9) * 10 ** (-DROP / 20), LOWEST)
         width = int(SILENCE / STEP)
         # The loudest of every `width` frames: a place is as quiet as all around it.
-        around = F.max_pool1d(loudness[None, None], width, stride=1)[0, 0]
+        around = np.lib.stride_tricks.sliding_window_view(loudness, width).max(axis=1)
         first = len(around) // 2
-        place = first + around[first:].argmin().item()
+        place = first + int(around[first:].argmin())
         if around[place] <= limit:
             return (place + width // 2) * step, 0
     least, most = (int(s * rate) for s in OVERLAP)

@@ -96,8 +96,37 @@ class ConvFrontend(nn.Module):
             if torch.is_autocast_enabled(x.device.type):
                 # What comes next does so after copying twice as much.
                 x = x.to(torch.get_autocast_dtype(x.device.type))
-            lengths = torch.div(lengths - 1, self.stride, rounding_mode="floor") + 1
+            lengths = (lengths - 1) // self.stride + 1
         return zero_padding(x.flatten(2), lengths), lengths
+
+    def initial_step(self, batch_size):
+        """The state of `step` before the first frame: zeros, none of which is read."""
+        new = next(self.parameters()).new_zeros
+        held = [new(batch_size, self.reach, *shape) for shape in self.shapes[:-1]]
+        return held, new(batch_size, dtype=torch.long)
+
+    def step(self, x, lengths, state):
+        """`advance` with tensors of constant size, for graphs that hold for every step.
+
+        x (B, T, n_mels), T a multiple of `subsampling`; lengths (B,): fewer than T where an
+        utterance ends; state: of each block the `reach` frames before x, and (B,) whether
+        there are any -> (B, T / subsampling, F'), lengths, state.
+        """
+        held, begun = state
+        alive = lengths > 0
+        new_held = []
+        for block, before in zip(self.blocks.values(), held, strict=True):
+            x = reflect_frames(x, lengths, self.reach, before, begun)
+            batch = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+            reach = torch.arange(self.reach, device=x.device)
+            new_held.append(x[batch, lengths.unsqueeze(1) + reach])
+            x = block(reflect_bins(x, self.reach))
+            lengths = (lengths - 1) // self.stride + 1
+        return (
+            zero_padding(x.flatten(2), lengths),
+            lengths,
+            (new_held, torch.maximum(begun, alive.long())),
+        )
 
     @property
     def subsampling(self):
@@ -142,18 +171,23 @@ class ConvFrontend(nn.Module):
         return x.flatten(2), new_state
 
 
-def reflect_frames(x, lengths, reach):
+def reflect_frames(x, lengths, reach, held=None, begun=None):
     """Reflect every utterance at its own ends: (B, T, ...) -> (B, T + 2 reach, ...).
 
     An utterance too short to reflect repeats its nearest frame instead.
+    held (B, reach, ...): the frames before x of utterances that have begun (B,), 1 or 0.
     """
     batch = torch.arange(x.shape[0], device=x.device)
     last = (lengths - 1).clamp(min=0)
-    before = [x[batch, last.clamp(max=i)].unsqueeze(1) for i in range(reach, 0, -1)]
+    before = torch.stack([x[batch, last.clamp(max=i)] for i in range(reach, 0, -1)], dim=1)
+    first = torch.full_like(last, reach)  # of an utterance, in what is made here
+    if held is not None:
+        before = torch.where(begun.view(-1, *[1] * (x.dim() - 1)) > 0, held, before)
+        first = first * (1 - begun)
     room = x.new_zeros(x.shape[0], reach, *x.shape[2:])
-    x = torch.cat([*before, x, room], dim=1)
+    x = torch.cat([before, x, room], dim=1)
     for i in range(reach):
-        x[batch, lengths + reach + i] = x[batch, reach + (last - 1 - i).clamp(min=0)]
+        x[batch, lengths + reach + i] = x[batch, torch.maximum(reach + last - 1 - i, first)]
     return x
 
 
@@ -163,6 +197,7 @@ def reflect_bins(x, reach):
     Too few bins to reflect repeat the outermost that there is, as frames do.
     """
     last = x.shape[2] - 1
-    low = [x.narrow(2, min(i, last), 1) for i in range(reach, 0, -1)]
-    high = [x.narrow(2, max(last - i, 0), 1) for i in range(1, reach + 1)]
+    low = [min(i, last) for i in range(reach, 0, -1)]
+    high = [max(last - i, 0) for i in range(1, reach + 1)]
+    low, high = ([x[:, :, i : i + 1] for i in bins] for bins in (low, high))
     return torch.cat([*low, x, *high], dim=2)

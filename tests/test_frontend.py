@@ -117,3 +117,24 @@ def test_every_utterance_is_reflected_at_its_own_end(reach):
 def test_an_even_kernel_is_an_error():
     with pytest.raises(ValueError, match="kernel_size=4 must be odd; use 5"):
         ConvFrontend(80, kernel_size=4)
+
+
+@pytest.mark.parametrize(("kernel_size", "stride", "blocks"), [(3, 2, 2), (5, 3, 2), (3, 2, 3)])
+@pytest.mark.parametrize("steps", [1, 3])
+@torch.no_grad()
+def test_steps_of_constant_size_are_the_whole(kernel_size, stride, blocks, steps):
+    torch.manual_seed(0)
+    frontend = ConvFrontend(13, [4] * blocks, kernel_size, stride).eval()
+    size = steps * frontend.subsampling
+    lengths = torch.tensor([1, 2, 3, size, size + 1, size + 2, 2 * size, 3 * size - 1])
+    x = torch.randn(len(lengths), 3 * size, 13)
+    expected, expected_lengths = frontend(x, lengths)
+    state, found, total = frontend.initial_step(len(lengths)), [], 0
+    for start in range(0, x.shape[1], size):
+        left = (lengths - start).clamp(0, size)
+        y, frames, state = frontend.step(x[:, start : start + size], left, state)
+        assert y.shape[1] == steps
+        found.append(y)
+        total = total + frames
+    assert total.tolist() == expected_lengths.tolist()
+    torch.testing.assert_close(torch.cat(found, 1), expected, atol=1e-6, rtol=0)

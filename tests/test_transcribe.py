@@ -1,9 +1,14 @@
 """transcribe.py and Recognizer: words with times, long audio, many files, a user's mistakes."""
 
+import atexit
+import functools
 import io
 import itertools
 import json
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,12 +42,18 @@ LEARNS_S2S = {k: v for k, v in LEARNS.items() if k != "lr_model"} | {
 SENTENCES = ["ABE BEAD CAB", "DEAF FACE", "BED CAB BEAD", "FACE BED ABE", "CAB DEAF", "BEAD ABE"]
 
 
-@pytest.fixture(scope="module")
-def ctc(tmp_path_factory):
-    """A package that hears."""
-    folder = tmp_path_factory.mktemp("ctc")
+@functools.cache
+def hearing_package():
+    """A CTC package that hears, trained once a test run."""
+    folder = Path(tempfile.mkdtemp(prefix="mamba-asr-hearing-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     runs.train("CTC/conmamba_tiny.yaml", folder / "run", **LEARNS)
     return package(folder / "run", folder / "package")
+
+
+@pytest.fixture(scope="module")
+def ctc():
+    return hearing_package()
 
 
 @pytest.fixture(scope="module")

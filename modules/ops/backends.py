@@ -1,5 +1,6 @@
 """Which implementation of an operator runs: asked for by the user, or the first that can."""
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -48,6 +49,7 @@ class Backends:
         self.modules = modules
         self.reference = reference
         self.default = "auto"
+        self.required: str | None = None
         self.logged: set[tuple[str, str]] = set()
 
     def available(self) -> dict[str, str]:
@@ -60,8 +62,18 @@ class Backends:
             self._check(name, "set_backend")
         self.default = name
 
+    @contextlib.contextmanager
+    def forced(self, name: str):
+        """Run a backend and no other within, whatever is asked for: for exported graphs."""
+        self._check(name, "forced")
+        before, self.required = self.required, name
+        try:
+            yield
+        finally:
+            self.required = before
+
     def pick(self, argument: str, call: Call) -> ModuleType:
-        """The module to run: argument, then environment, then `set_default`, then automatic."""
+        """The module to run: forced, argument, environment, `set_default`, automatic, in order."""
         name, source = self._requested(argument)
         if name == "auto":
             name = self._automatic(call)
@@ -76,6 +88,8 @@ class Backends:
         return self.modules[name]
 
     def _requested(self, argument: str) -> tuple[str, str]:
+        if self.required is not None:
+            return self.required, "forced"
         if argument != "auto":
             return argument, "the backend argument"
         if name := os.environ.get(self.variable):

@@ -22,6 +22,7 @@ _backends = Backends(
 )
 set_backend = _backends.set_default
 available_backends = _backends.available
+exporting = _backends.forced
 
 
 def causal_conv1d(

@@ -31,7 +31,8 @@ def causal_conv1d(x, weight, bias, activation, lengths, reverse, initial_state, 
     with torch.autocast(x.device.type, enabled=False):
         if kernel <= SHIFT_MAX_KERNEL:
             # A compiler fuses the shifts; TorchDynamo 2.11 would lose the function's gradient.
-            compiling = torch.compiler.is_compiling()
+            # A traced model that holds the function cannot be saved.
+            compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
             y = (_shifted_sum if compiling else _ShiftedSum.apply)(full, taps, bias)
         else:
             bias = None if bias is None else bias.to(x.dtype)

@@ -4,7 +4,7 @@ import torch
 
 from modules.ops import kernels
 from modules.ops.backends import Backends, Call
-from modules.ops.selective_scan import chunked, cuda, naive, triton
+from modules.ops.selective_scan import chunked, cuda, doubling, naive, scan, scripted, triton
 
 # In the order in which "auto" tries them.
 _backends = Backends(
@@ -17,11 +17,16 @@ _backends = Backends(
         "chunked": chunked,
         "triton": triton,
         "naive": naive,
+        # For exported graphs, which `exporting` asks for.
+        "scan": scan,
+        "doubling": doubling,
+        "scripted": scripted,
     },
     reference="naive",
 )
 set_backend = _backends.set_default
 available_backends = _backends.available
+exporting = _backends.forced
 
 
 def selective_scan(
