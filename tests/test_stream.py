@@ -20,7 +20,7 @@ from inference.audio import resampled
 from inference.transcript import Final, Partial
 from tests.recipes import runs
 from tests.recipes.causal import causal_package, speech
-from tests.test_transcribe import RATE, SENTENCES, said
+from tests.recipes.packages import RATE, SENTENCES, said
 
 
 @pytest.fixture(scope="module")

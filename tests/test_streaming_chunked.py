@@ -10,8 +10,8 @@ from inference.streaming import StreamingCTC
 from modules.search import ctc_greedy
 from tests.recipes import runs
 from tests.recipes.causal import PAUSE, chunked_package, speech
+from tests.recipes.packages import LEARNS_S2S
 from tests.test_streaming_recognizer import RATE, held, one_pass, packets
-from tests.test_transcribe import LEARNS_S2S
 
 
 @pytest.fixture(scope="module")

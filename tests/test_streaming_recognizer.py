@@ -16,7 +16,7 @@ from inference.streaming import StreamingCTC
 from modules.errors import UserError
 from modules.search import ctc_greedy
 from tests.recipes.causal import PAUSE, causal_package, speech
-from tests.test_transcribe import RATE, SENTENCES, said
+from tests.recipes.packages import RATE, SENTENCES, said
 
 SIZES = [1, 37, 160, 5120, "random", "all"]
 

@@ -1,14 +1,9 @@
 """transcribe.py and Recognizer: words with times, long audio, many files, a user's mistakes."""
 
-import atexit
-import functools
 import io
 import itertools
 import json
-import shutil
 import sys
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,61 +13,35 @@ import torch
 import transcribe as script
 from inference import Recognizer
 from inference.audio import Recording
-from inference.package import package
 from modules.errors import UserError
 from tests.recipes import runs
+from tests.recipes.packages import (
+    LEARNS_S2S,
+    RECIPES,
+    SENTENCES,
+    hearing_package,
+    make_package,
+    said,
+)
 
 RATE = runs.RATE
-# Until it hears the tones without an error.
-LEARNS = {
-    "number_of_epochs": 8,
-    "lr_model": 1.0e-2,
-    "n_warmup_steps": 20,
-    "max_batch_length_train": 4,
-    "d_model": 32,
-    "dropout": 0,
-    "speeds": "[100]",
-    "fea_augment": "{augment_prob: 0.0}",
-}
-LEARNS_S2S = {k: v for k, v in LEARNS.items() if k != "lr_model"} | {
-    "number_of_epochs": 16,
-    "lr_adam": 1.0e-2,
-    "test_beam_size": 4,
-}
-SENTENCES = ["ABE BEAD CAB", "DEAF FACE", "BED CAB BEAD", "FACE BED ABE", "CAB DEAF", "BEAD ABE"]
-
-
-@functools.cache
-def hearing_package():
-    """A CTC package that hears, trained once a test run."""
-    folder = Path(tempfile.mkdtemp(prefix="mamba-asr-hearing-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    runs.train("CTC/conmamba_tiny.yaml", folder / "run", **LEARNS)
-    return package(folder / "run", folder / "package")
 
 
 @pytest.fixture(scope="module")
 def ctc():
+    """A package that hears."""
     return hearing_package()
 
 
 @pytest.fixture(scope="module")
-def s2s(tmp_path_factory):
+def s2s():
     """A package with a decoder that hears."""
-    folder = tmp_path_factory.mktemp("s2s")
-    runs.train("S2S/conmambamamba_tiny.yaml", folder / "run", **LEARNS_S2S)
-    return package(folder / "run", folder / "package")
+    return make_package(RECIPES["s2s"], LEARNS_S2S)[1]
 
 
 @pytest.fixture(scope="module")
 def recognizer(ctc):
     return Recognizer.from_folder(ctc, device="cpu")
-
-
-def said(text, before=0.0, after=0.0, noise=0.003, seed=0):
-    parts = [np.zeros(int(before * RATE)), runs.speak(text), np.zeros(int(after * RATE))]
-    x = np.concatenate(parts)
-    return (x + noise * np.random.default_rng(seed).standard_normal(len(x))).astype(np.float32)
 
 
 @pytest.fixture

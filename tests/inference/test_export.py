@@ -22,8 +22,8 @@ from inference.onnx import OnnxRecognizer
 from inference.parts import build_parts
 from tests.recipes import runs
 from tests.recipes.causal import causal_package, speech
+from tests.recipes.packages import RATE, SENTENCES, hearing_package, said
 from tests.test_docs import commands
-from tests.test_transcribe import RATE, SENTENCES, hearing_package, said
 
 MELS = runs.TINY["n_mels"]
 

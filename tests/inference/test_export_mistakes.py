@@ -7,7 +7,7 @@ import pytest
 import export as script
 from inference.export import export, torchscript
 from modules.errors import UserError
-from tests.test_transcribe import hearing_package
+from tests.recipes.packages import hearing_package
 
 
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):

@@ -1,16 +1,10 @@
 """Models that hear the tones of `runs.speak` as they come, trained and packaged once a test run."""
 
-import atexit
 import functools
-import shutil
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
-from inference.package import package
-from tests.recipes import runs
-from tests.test_transcribe import LEARNS, SENTENCES, said
+from tests.recipes.packages import LEARNS, SENTENCES, make_package, said
 
 # Pauses are of whole letters, as in the corpus.
 PAUSE = 1.44
@@ -28,10 +22,7 @@ def chunked_package():
 
 @functools.cache
 def package_of(yaml_file, epochs, **options):
-    folder = Path(tempfile.mkdtemp(prefix="mamba-asr-streaming-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    runs.train(yaml_file, folder / "run", **LEARNS | {"number_of_epochs": epochs} | options)
-    return package(folder / "run", folder / "package")
+    return make_package(yaml_file, LEARNS | {"number_of_epochs": epochs} | options)[1]
 
 
 def speech(number, gap=PAUSE):

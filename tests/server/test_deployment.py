@@ -14,10 +14,10 @@ import soundfile as sf
 import serve
 from tests.recipes import runs
 from tests.recipes.causal import causal_package, speech
+from tests.recipes.packages import RATE
 from tests.server.images import stages
 from tests.server.servers import free_port, status, until
 from tests.test_docs import FENCE, commands
-from tests.test_transcribe import RATE
 
 PAGE = runs.ROOT / "docs/deployment.md"
 TEXTS = speech(2)[1]

@@ -10,10 +10,10 @@ import pytest
 
 from tests.recipes import runs
 from tests.recipes.causal import causal_package
+from tests.recipes.packages import SENTENCES, said
 from tests.server.images import Image, stages
 from tests.server.servers import free_port, post, status, until
 from tests.server.test_transcriptions import recording
-from tests.test_transcribe import SENTENCES, said
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ import pytest
 import soundfile as sf
 
 from inference.server.limits import Limits
+from tests.recipes.packages import RATE, SENTENCES, said
 from tests.server import servers
 from tests.server.servers import address, form, get, post, served, until
 from tests.server.test_transcriptions import recording
-from tests.test_transcribe import RATE, SENTENCES, said
 
 GOOD = recording(said(SENTENCES[0]))[1]
 

@@ -14,9 +14,9 @@ from inference import StreamingRecognizer
 from inference.audio import resampled
 from inference.server.limits import Limits
 from tests.recipes.causal import speech
+from tests.recipes.packages import RATE
 from tests.server import servers
 from tests.server.servers import metric, served, shared, until
-from tests.test_transcribe import RATE
 
 
 def opened(url, **headers):

@@ -11,8 +11,8 @@ import soundfile as sf
 import srt
 
 from tests.recipes.causal import speech
+from tests.recipes.packages import RATE, SENTENCES, said
 from tests.server.servers import recognizer, served, shared, until
-from tests.test_transcribe import RATE, SENTENCES, said
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

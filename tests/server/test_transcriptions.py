@@ -15,9 +15,9 @@ import webvtt
 from inference import Recognizer
 from inference.audio import resampled
 from tests.recipes.causal import PAUSE, causal_package
+from tests.recipes.packages import RATE, SENTENCES, said
 from tests.server import servers
 from tests.server.servers import get, metric, post, served, shared
-from tests.test_transcribe import RATE, SENTENCES, said
 
 
 @pytest.fixture(scope="module")
