@@ -305,6 +305,7 @@ def test_int8_of_the_command_line(folder):
 # ---- PyTorch's own ----
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_torch_export_loads_by_itself(folder, recognizer):
     path = exported(folder, "conmamba.pt2")
