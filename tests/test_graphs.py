@@ -17,6 +17,15 @@ pytestmark = [
 SHAPES = [(2, 64), (3, 128), (2, 64), (3, 128), (2, 64), (2, 64), (1, 64), (3, 128)]
 
 
+@pytest.fixture(autouse=True)
+def float32_is_float32():
+    """SpeechBrain lets matrix products round to TF32, in another order when they are compiled."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def make_encoder():
     torch.manual_seed(0)
     mixer = partial(BiMamba, d_state=4)
