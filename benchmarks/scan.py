@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import measure
 from modules.ops.selective_scan import available_backends, selective_scan
 
+EXPORTED = ("scan", "doubling", "scripted")  # without gradients
+
 # What `--check` asks of chunked against naive. The target is 5 times the speed; the guard is lower
 # because machines that are shared give noisy times.
 MIN_SPEEDUP = 3.0
@@ -104,6 +106,8 @@ def measure_backend(options, backend):
 def run_all(options, arguments):
     names = []
     for backend, reason in available_backends().items():
+        if backend in EXPORTED:
+            continue
         if reason == "ok" and (backend != "mamba_ssm" or options.device == "cuda"):
             names.append(backend)
         else:

@@ -71,7 +71,8 @@ class ResumingBrain(HalvingBrain):
         super()._fit_train(Restarting(train_set), epoch, enable)
 
     def _fit_valid(self, valid_set, epoch, enable):
-        super()._fit_valid(Restarting(valid_set), epoch, enable)
+        loader = None if valid_set is None else Restarting(valid_set)
+        super()._fit_valid(loader, epoch, enable)
 
     def requests(self):
         """Whether this process wants a checkpoint, and an end, after the present step."""

@@ -286,7 +286,8 @@ def finished(tmp_path_factory):
 )
 def test_a_mistake_loses_nothing(fails, finished, mistake):
     # Logs grow, and the state of preparation may change; results and checkpoints stay.
-    logs = ("log.txt", "env.log", "prepare_report.txt", "prepare_state.json")
+    state = ("prepare_report.txt", "prepare_state.json", "quarantine.tsv")
+    logs = ("log.txt", "env.log", *state)
     before = {k: v for k, v in runs.files_of(finished).items() if k not in logs}
     if "resume" in mistake:
         mistake = {"resume": "/no/run"}
