@@ -61,8 +61,8 @@ def make_loggers(hparams):
     """
     folder, made = Path(hparams["output_folder"]), {}
 
-    def make(name, start):
-        if not hparams[f"use_{name}"]:
+    def make(name, wanted, start):
+        if not wanted:
             return
         try:
             made[name] = start()
@@ -72,8 +72,13 @@ def make_loggers(hparams):
                 f"{name} does not start: {error}; {remedy}leave it out with --use_{name} False"
             ) from error
 
-    on_main(make, "tensorboard", lambda: StepTensorboardLogger(str(folder / "tensorboard")))
-    on_main(make, "wandb", lambda: start_wandb(hparams, folder))
+    on_main(
+        make,
+        "tensorboard",
+        hparams["use_tensorboard"],
+        lambda: StepTensorboardLogger(str(folder / "tensorboard")),
+    )
+    on_main(make, "wandb", hparams["use_wandb"], lambda: start_wandb(hparams, folder))
     return TrainLoggers(hparams["train_log"], made)
 
 
