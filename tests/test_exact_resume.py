@@ -94,6 +94,15 @@ def test_killed_again_and_again_in_one_process(straight, tmp_path, monkeypatch):
     assert_same_end(tmp_path, folder)
 
 
+@pytest.fixture
+def heeded_interrupts():
+    """Who was started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_interrupts")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_saves_after_the_step(name, straight, tmp_path, monkeypatch, capfd):
     folder, batches = straight
