@@ -135,7 +135,8 @@ print(json.dumps(texts))
     ids=["Recognizer", "foreign_class", "from_hparams"],
 )
 def test_texts_are_the_test_stages_elsewhere(code, path, ctc, s2s, tmp_path):
-    folders = {shutil.copytree(p, tmp_path / r.parent.name): r for r, p in (ctc, s2s)}
+    both = {"ctc": ctc, "s2s": s2s}
+    folders = {shutil.copytree(p, tmp_path / name): r for name, (r, p) in both.items()}
     for folder in folders:
         make_read_only(folder)
     before = [runs.files_of(folder) for folder in folders]
