@@ -9,25 +9,26 @@ import torch
 
 from modules import launch
 from modules.brain import ASRBrain
-from modules.data import add_pipelines, load_datasets
+from modules.data import add_pipelines, load_datasets, prepare_tokenizer
 from modules.errors import UserError
 from modules.recipe import run_recipe
 from modules.search import CTCSearch, ctc_greedy
 from modules.search.ctc import check_kenlm
+from modules.tokenizer import SubwordTokenizer
 
 
 class ASR(ASRBrain):
     """Encoder and a linear head; greedy in validation, beam search in test."""
 
     def compute_forward(self, batch, stage):
-        """Logits (B, T, V) and lengths (B,) in frames."""
-        x, lengths = self.run_network(stage, *self.features(batch, stage))
-        return self.modules.ctc_head(x), lengths
+        """Logits (B, T, V), lengths (B,) in frames, what inner layers gave."""
+        x, lengths, *tapped = self.run_network(stage, *self.features(batch, stage))
+        return self.modules.ctc_head(x), lengths, tapped
 
     def compute_objectives(self, predictions, batch, stage):
         """The CTC loss; outside training also the error rates."""
-        logits, lengths = predictions
-        loss = self.ctc_loss(logits, lengths, batch, stage)
+        logits, lengths, tapped = predictions
+        loss = self.ctc_loss(logits, lengths, batch, stage, tapped)
         if stage == sb.Stage.VALID:
             hypotheses = ctc_greedy(logits.log_softmax(dim=-1), lengths)
             self.score(batch, [self.tokenizer.decode(ids) for ids in hypotheses])
@@ -62,6 +63,8 @@ def dataio_prepare(hparams):
     """Datasets with audio and character tokens: (train, valid, {test set: dataset})."""
     train, valid, tests = load_datasets(hparams)
     tokenizer = hparams["tokenizer"]
+    if isinstance(tokenizer, SubwordTokenizer):
+        prepare_tokenizer(hparams, train)
     for dataset in (train, valid, *tests.values()):
         tokenizer.check(item["wrd"] for item in dataset.data.values())
 

@@ -23,26 +23,26 @@ class ASR(ASRBrain):
     higher_is_better = True
 
     def compute_forward(self, batch, stage):
-        """CTC logits (B, T, V), token log-probabilities (B, U, V), memory, lengths."""
-        tokens, token_lengths = self.tokens(batch, "tokens_bos")
-        memory, lengths, x = self.run_network(
+        """CTC logits (B, T, V), token log-probabilities (B, U, V), memory, lengths, taps."""
+        tokens, token_lengths = self.tokens(batch, "tokens_bos", stage)
+        memory, lengths, x, *tapped = self.run_network(
             stage, *self.features(batch, stage), tokens, token_lengths
         )
         x = x[:, : tokens.shape[1]]
         log_probs = self.modules.seq_head(x).log_softmax(dim=-1)
-        return self.modules.ctc_head(memory), log_probs, memory, lengths
+        return self.modules.ctc_head(memory), log_probs, memory, lengths, tapped
 
     def network(self, features, lengths, tokens, token_lengths):
-        """Encoder output (B, T, D), its lengths (B,), decoder output (B, U, D)."""
-        memory, lengths = self.encode(features, lengths)
+        """Encoder output (B, T, D), its lengths (B,), decoder output (B, U, D), inner layers'."""
+        memory, lengths, *tapped = super().network(features, lengths)
         x, _ = self.modules.decoder(tokens, token_lengths, memory, lengths)
-        return memory, lengths, x
+        return memory, lengths, x, *tapped
 
     def compute_objectives(self, predictions, batch, stage):
         """The weighted sum of both losses; outside training also accuracy and error rates."""
-        ctc_logits, log_probs, memory, lengths = predictions
-        targets, target_lengths = self.tokens(batch, "tokens_eos")
-        loss_ctc = self.ctc_loss(ctc_logits, lengths, batch, stage)
+        ctc_logits, log_probs, memory, lengths, tapped = predictions
+        targets, target_lengths = self.tokens(batch, "tokens_eos", stage)
+        loss_ctc = self.ctc_loss(ctc_logits, lengths, batch, stage, tapped)
         loss_seq = self.hparams.seq_cost(log_probs, targets, target_lengths)
         if stage != sb.Stage.TRAIN:
             self.accuracy.append(log_probs, targets, relative(target_lengths, targets.shape[1]))

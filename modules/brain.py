@@ -16,9 +16,9 @@ from modules.compilation import compile_layers
 from modules.data import WholeStepSampler
 from modules.errors import UserError
 from modules.graphs import Graphs, TrainingGraphs, pad_to_few_shapes
-from modules.lengths import absolute, relative
+from modules.lengths import absolute, relative, zero_padding
 from modules.loggers import make_loggers
-from modules.losses import too_few_frames
+from modules.losses import consistency_loss, too_few_frames
 from modules.optimizers import advance_before_steps, fused, parameter_groups
 from modules.resuming import ResumingBrain
 
@@ -58,11 +58,18 @@ class ASRBrain(ResumingBrain):
             return batch.features
         wavs, relative_lengths = batch.sig
         samples = absolute(relative_lengths, wavs.shape[1])
+        if stage == sb.Stage.TRAIN:
+            for augment in (self.hparams.reverberate, self.hparams.add_noise):
+                wavs, _ = augment(wavs, relative_lengths)
+            wavs = zero_padding(wavs, samples)
         features, lengths = self.hparams.compute_features(wavs, samples)
         # Only training updates the statistics, and reads the epoch to know when to stop.
         epoch = self.hparams.epoch_counter.current
         features = self.modules.normalize(features, relative(lengths, features.shape[1]), epoch)
         if stage == sb.Stage.TRAIN:
+            features, lengths = (
+                x.repeat_interleave(self.hparams.views, dim=0) for x in (features, lengths)
+            )
             features, _ = self.hparams.fea_augment(features, relative(lengths, features.shape[1]))
             batch.features = features, lengths
         return features, lengths
@@ -75,12 +82,18 @@ class ASRBrain(ResumingBrain):
         x, lengths = self.evaluation_graphs(pad_to_few_shapes(features), lengths)
         return x[:, :frames], lengths
 
-    def layers(self, features, lengths):
-        return self.modules.encoder(*self.modules.frontend(features, lengths))
+    def layers(self, features, lengths, **options):
+        return self.modules.encoder(*self.modules.frontend(features, lengths), **options)
 
     def network(self, features, lengths):
-        """All layers between the features and the heads: tensors to a tuple of tensors."""
-        return self.encode(features, lengths)
+        """All layers between the features and the heads: tensors to a tuple of tensors.
+
+        (B, T, D), lengths (B,), and in training the outputs of `inter_ctc_layers`.
+        """
+        if not (torch.is_grad_enabled() and self.hparams.inter_ctc_layers):
+            return self.encode(features, lengths)
+        x, lengths, tapped = self.layers(features, lengths, taps=self.hparams.inter_ctc_layers)
+        return x, lengths, *tapped
 
     def run_network(self, stage, *inputs):
         """`network`, in training by CUDA graphs when there are any; may give more padding."""
@@ -88,18 +101,33 @@ class ASRBrain(ResumingBrain):
             return self.network(*inputs)
         return self.graphs(*(pad_to_few_shapes(x) for x in inputs))
 
-    def tokens(self, batch, name):
-        """Token ids (B, U) and their lengths (B,) of a batch's key."""
+    def tokens(self, batch, name, stage):
+        """Token ids (B, U) and their lengths (B,) of a batch's key, in training for each view."""
         ids, relative_lengths = batch[name]
-        return ids, absolute(relative_lengths, ids.shape[1])
+        found = ids, absolute(relative_lengths, ids.shape[1])
+        views = self.hparams.views if stage == sb.Stage.TRAIN else 1
+        return tuple(x.repeat_interleave(views, dim=0) for x in found)
 
-    def ctc_loss(self, logits, lengths, batch, stage):
-        """The CTC loss of logits (B, T, V); training notes who has too few frames."""
-        tokens, token_lengths = self.tokens(batch, "tokens")
-        if stage == sb.Stage.TRAIN:
-            short = too_few_frames(tokens, lengths, token_lengths)
-            self.unalignable.append((short, batch.id))
-        return self.hparams.ctc_cost(logits, tokens, lengths, token_lengths)
+    def ctc_loss(self, logits, lengths, batch, stage, tapped=()):
+        """The CTC loss of logits (B, T, V), in training with what is to help it.
+
+        That are the losses of layers further down, tapped [(B, T, D), ...] (InterCTC, Lee &
+        Watanabe 2021), and the distance between views (CR-CTC). Training notes who has too few
+        frames.
+        """
+        tokens, token_lengths = self.tokens(batch, "tokens", stage)
+        loss = self.hparams.ctc_cost(logits, tokens, lengths, token_lengths)
+        if stage != sb.Stage.TRAIN:
+            return loss
+        short = too_few_frames(tokens, lengths, token_lengths)
+        self.unalignable.append((short[:: self.hparams.views], batch.id))
+        if tapped:
+            weight, heads = self.hparams.inter_ctc_weight, map(self.modules.ctc_head, tapped)
+            others = [self.hparams.ctc_cost(x, tokens, lengths, token_lengths) for x in heads]
+            loss = (1 - weight) * loss + weight * sum(others) / len(others)
+        if self.hparams.consistency_weight:
+            loss = loss + self.hparams.consistency_weight * consistency_loss(logits, lengths)
+        return loss
 
     # ---- Error rates ----
 

@@ -77,10 +77,38 @@ class ConvModule(nn.Module):
         return x if keep else (x, None)
 
 
+class DropPath(nn.Module):
+    """Leave a branch out for some utterances of a batch in training (Huang et al. 2016).
+
+    Where it stays it is scaled up, so that its mean is what it is in evaluation.
+    """
+
+    def __init__(self, probability):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x):
+        if not (self.training and self.probability):
+            return x
+        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.probability
+        return x * (kept / (1 - self.probability)).to(x.dtype)
+
+
 class EncoderLayer(nn.Module):
     """x + 1/2 FFN; x + mixer; x + conv; x + 1/2 FFN; norm: (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, d_model, d_ffn, mixer, kernel_size, activation, dropout, causal):
+    def __init__(
+        self,
+        d_model,
+        d_ffn,
+        mixer,
+        kernel_size,
+        activation,
+        dropout,
+        causal,
+        mixer_dropout=0.0,
+        drop_path=0.0,
+    ):
         super().__init__()
         self.ffn1 = FeedForward(d_model, d_ffn, activation, dropout)
         self.ffn2 = FeedForward(d_model, d_ffn, activation, dropout)
@@ -90,6 +118,8 @@ class EncoderLayer(nn.Module):
         self.mixer = mixer(d_model)
         self.conv = ConvModule(d_model, kernel_size, activation, dropout, causal)
         self.out_norm = nn.LayerNorm(d_model)
+        self.mixer_dropout = nn.Dropout(mixer_dropout)
+        self.drop_path = DropPath(drop_path)
 
     def initial_state(self, batch_size):
         return self.mixer.initial_state(batch_size), self.conv.initial_state(batch_size)
@@ -100,15 +130,16 @@ class EncoderLayer(nn.Module):
         chunk: for the mixer; the `chunk.ahead` frames at x's end are not returned.
         """
         mixer_state, conv_state = (None, None) if state is None else state
-        x = x + 0.5 * self.ffn1(self.ffn1_norm(x))
+        drop = self.drop_path
+        x = x + 0.5 * drop(self.ffn1(self.ffn1_norm(x)))
         options = {} if chunk is None else {"chunk": chunk}
         y, mixer_state = self.mixer(self.mixer_norm(x), lengths, mixer_state, **options)
         if y.shape[1] < x.shape[1]:
             x, lengths = cut(x, lengths, y.shape[1])
-        x = x + y
+        x = x + drop(self.mixer_dropout(y))
         y, conv_state = self.conv(x, lengths, conv_state)
-        x = x + y
-        x = self.out_norm(x + 0.5 * self.ffn2(self.ffn2_norm(x)))
+        x = x + drop(y)
+        x = self.out_norm(x + 0.5 * drop(self.ffn2(self.ffn2_norm(x))))
         return x, (None if state is None else (mixer_state, conv_state))
 
 
@@ -128,7 +159,11 @@ class Encoder(nn.Module):
         Odd width of the depthwise convolution, in frames.
     activation : type
         Activation of feed-forward and convolution modules.
-    dropout : float
+    dropout, mixer_dropout : float
+        Of feed-forward and convolution modules, and of what the mixer gives.
+    drop_path : float
+        Probability of leaving out a branch of the last layer for an utterance; of the layers
+        before it, in proportion to their depth.
     causal : bool
         See only the past; the mixer must be causal too (ValueError).
     chunks : DynChunkTrainConfigRandomSampler or None
@@ -159,13 +194,25 @@ class Encoder(nn.Module):
         gradient_checkpointing=False,
         chunks=None,
         lookahead=0,
+        mixer_dropout=0.0,
+        drop_path=0.0,
     ):
         super().__init__()
         conv_causal = causal or chunks is not None
         self.input_layer = nn.Sequential(nn.Linear(input_size, d_model), nn.Dropout(dropout))
         self.layers = nn.ModuleList(
-            EncoderLayer(d_model, d_ffn, mixer, kernel_size, activation, dropout, conv_causal)
-            for _ in range(num_layers)
+            EncoderLayer(
+                d_model,
+                d_ffn,
+                mixer,
+                kernel_size,
+                activation,
+                dropout,
+                conv_causal,
+                mixer_dropout,
+                drop_path * (i + 1) / num_layers,
+            )
+            for i in range(num_layers)
         )
         name = type(self.layers[0].mixer).__name__
         if causal and not all(layer.mixer.causal for layer in self.layers):
@@ -199,7 +246,7 @@ class Encoder(nn.Module):
             raise ValueError("this encoder needs whole utterances; build it with causal or chunks")
         return [layer.initial_state(batch_size) for layer in self.layers]
 
-    def forward(self, x, lengths, state=None, chunk_size=None, ahead=0):
+    def forward(self, x, lengths, state=None, chunk_size=None, ahead=0, taps=()):
         """Encode.
 
         x (B, T, input_size), lengths (B,) in frames -> (B, T - ahead, D), lengths; with a state
@@ -207,13 +254,15 @@ class Encoder(nn.Module):
         encoder takes None for lengths where all frames count.
         chunk_size: in place of the encoder's own.
         ahead: frames at x's end that its last chunk looks at, and that come again.
+        taps: numbers of layers, from 1, whose outputs are wanted too, normed as the last one's:
+        -> (B, T, D), lengths, [(B, T, D), ...].
         """
         if state is None and chunk_size is None:
             chunk_size = self.chunk_size
         if lengths is not None:
             x = zero_padding(x, lengths)
         x = self.input_layer(x)
-        new_state = []
+        new_state, tapped = [], []
         for i, layer in enumerate(self.layers):
             carried = None if state is None else state[i]
             looks = (0, 0) if i else (self.lookahead, ahead)
@@ -225,10 +274,16 @@ class Encoder(nn.Module):
             if ahead and i == 0:
                 x, lengths = cut(x, lengths, x.shape[1])
             new_state.append(carried)
-        x = self.norm(x)
-        if lengths is not None:
-            x = zero_padding(x, lengths)
+            if i + 1 in taps:
+                tapped.append(self._finish(x, lengths))
+        x = self._finish(x, lengths)
+        if taps:
+            return x, lengths, tapped
         return (x, lengths) if state is None else (x, lengths, new_state)
+
+    def _finish(self, x, lengths):
+        x = self.norm(x)
+        return x if lengths is None else zero_padding(x, lengths)
 
     def start(self, batch_size, chunk_size=None):
         """The state for `advance`, whose chunks are of `chunk_size` frames (the encoder's own)."""

@@ -5,7 +5,7 @@ from speechbrain.nnet import losses
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
-from modules.lengths import valid_frames
+from modules.lengths import valid_frames, zero_padding
 
 
 def ctc_loss(logits, tokens, lengths, token_lengths, blank_index=0):
@@ -90,6 +90,20 @@ def utterances_at_once(logits):
     """How many utterances of (B, T, V) take about 32 MB in float32."""
     _, T, V = logits.shape
     return max(1, 2**23 // max(1, T * V))
+
+
+def consistency_loss(logits, lengths):
+    """How far two views of each utterance are from each other (CR-CTC, Yao et al. 2024, eq. 5).
+
+    logits (2 B, T, V), an utterance's views one after the other; lengths (2 B,) in frames ->
+    scalar: the divergence of each view from the other one, which learns nothing from it, summed
+    over frames and averaged over all.
+    """
+    logits = zero_padding(logits, lengths)  # so that there both are alike
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scores = logits.log_softmax(dim=2, dtype=dtype).unflatten(0, (-1, 2))
+    other = scores.flip(1).detach()
+    return F.kl_div(scores, other, reduction="sum", log_target=True) / len(logits)
 
 
 def too_few_frames(tokens, lengths, token_lengths):

@@ -138,8 +138,9 @@ def part_of(batch, rows):
     part = Batch([{k: row_of(v, i) for k, v in public.items()} for i in rows])
     if features is not None:
         x, lengths = features
-        lengths = lengths[rows.start : rows.stop]
-        part.features = x[rows.start : rows.stop, : lengths.max()], lengths
+        views = len(x) // len(batch)
+        lengths = lengths[rows.start * views : rows.stop * views]
+        part.features = x[rows.start * views : rows.stop * views, : lengths.max()], lengths
     return part
 
 

@@ -64,12 +64,12 @@ class SubwordTokenizer:
     vocab_size : int
         Units, the three special ones included.
     model_type : str
-        "unigram", "bpe" or "char".
+        "unigram", "bpe", "char" or "word".
     """
 
     def __init__(self, vocab_size, model_type="unigram"):
-        if model_type not in ("unigram", "bpe", "char"):
-            raise ValueError(f"token_type={model_type!r} is unknown; use unigram, bpe or char")
+        if model_type not in ("unigram", "bpe", "char", "word"):
+            raise ValueError(f"token_type={model_type!r} is unknown; use unigram, bpe, char, word")
         self.vocab_size, self.model_type = vocab_size, model_type
         self.model = None
 
@@ -121,6 +121,21 @@ class SubwordTokenizer:
         beside.write_bytes(model.getvalue())
         os.replace(beside, path)
         self.load(path)
+
+    @property
+    def labels(self):
+        """Text of each token, "\u2581" where a word begins."""
+        return [self.model.id_to_piece(i) for i in range(len(self))]
+
+    def check(self, texts):
+        """UserError for the first transcript with something that has no unit."""
+        for text in texts:
+            if 0 in self.encode(text):
+                raise UserError(
+                    f"{text!r} holds what the {self.model_type} tokenizer of {len(self)} units "
+                    "has no unit for; use --token_type unigram, bpe or char, or other --dev_splits "
+                    "and --test_splits"
+                )
 
     def encode(self, text):
         """Ids of a transcript."""

@@ -38,7 +38,8 @@ class CTCSearch:
     Arguments
     ---------
     labels : list of str
-        Text of each token, " " between words; those of blank and `forbidden` do not matter.
+        Text of each token, " " between words or "\u2581" before them; those of blank and
+        `forbidden` do not matter.
     beam_size : int
         Hypotheses kept an utterance.
     beam_prune_logp, token_prune_min_logp : float
@@ -99,7 +100,8 @@ class CTCSearch:
                 for x, length in zip(log_probs.cpu().numpy(), lengths.tolist(), strict=True)
             ]
         hypotheses = ctc_beam(log_probs, lengths, blank_index=self.blank_index, **self.pruning)
-        return [" ".join("".join(self.labels[i] for i in ids).split()) for ids in hypotheses]
+        texts = ("".join(self.labels[i] for i in ids).replace("\u2581", " ") for ids in hypotheses)
+        return [" ".join(text.split()) for text in texts]
 
 
 def check_kenlm(path):

@@ -1,0 +1,98 @@
+"""Augmentations that SpeechBrain has not: other vocal tracts, other rooms, coloured noise.
+
+All draw anew for every utterance; SpeechBrain's `Augmenter` runs them.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from modules.errors import UserError
+
+
+class VocalTractPerturb(nn.Module):
+    """Stretch the frequency axis of log-mel features (Jaitly & Hinton 2013, VTLP).
+
+    Arguments
+    ---------
+    warp : float
+        Frequencies are multiplied by a number from 1 - warp to 1 + warp; 0: left as they are.
+    sample_rate : int
+        Hz.
+    """
+
+    def __init__(self, warp, sample_rate=16000):
+        super().__init__()
+        if not 0 <= warp < 1:
+            raise UserError(f"vocal_tract_warp={warp} must be at least 0 and below 1")
+        self.warp, self.top = warp, mel(torch.tensor(sample_rate / 2)).item()
+
+    def forward(self, x):
+        """x (B, T, n_mels) -> (B, T, n_mels); past the highest band, that band again."""
+        if not self.warp:
+            return x
+        n_mels = x.shape[2]
+        factor = 1 + self.warp * (2 * torch.rand(len(x), 1, device=x.device) - 1)
+        # SpeechBrain's filters: n_mels + 2 points from 0 to half the rate, without the ends.
+        bands = torch.arange(1, n_mels + 1, device=x.device) * self.top / (n_mels + 1)
+        place = mel(hertz(bands) * factor) * (n_mels + 1) / self.top - 1
+        place = place.clamp(0, n_mels - 1)
+        low = place.floor().clamp(max=n_mels - 2)
+        share = (place - low).unsqueeze(1).to(x.dtype)
+        low = low.long().unsqueeze(1).expand_as(x)
+        return x.gather(2, low) * (1 - share) + x.gather(2, low + 1) * share
+
+
+def mel(hertz):
+    return 2595 * torch.log10(1 + hertz / 700)
+
+
+def hertz(mel):
+    return 700 * (10 ** (mel / 2595) - 1)
+
+
+class Reverberation(nn.Module):
+    """Noise that dies away, added to the direct sound: a room's response (Polack 1988).
+
+    Arguments
+    ---------
+    rt60_low, rt60_high : float
+        Seconds until the room has lost 60 dB.
+    drr_low, drr_high : float
+        Energy of the direct sound over that of the room, dB.
+    sample_rate : int
+        Hz.
+    """
+
+    def __init__(self, rt60_low=0.1, rt60_high=0.6, drr_low=-3, drr_high=15, sample_rate=16000):
+        super().__init__()
+        self.rt60, self.drr, self.sample_rate = (
+            (rt60_low, rt60_high),
+            (drr_low, drr_high),
+            sample_rate,
+        )
+
+    def forward(self, waveforms):
+        """(B, N) -> (B, N); what sounds on after the last sample is cut off."""
+        size = len(waveforms), 1
+        rt60, drr = (
+            low + (high - low) * torch.rand(size, device=waveforms.device)
+            for low, high in (self.rt60, self.drr)
+        )
+        time = torch.arange(1, round(self.rt60[1] * self.sample_rate), device=waveforms.device)
+        room = torch.randn(len(waveforms), len(time), device=waveforms.device)
+        room = room * torch.exp(-3 * math.log(10) * time / self.sample_rate / rt60)
+        room = room / room.norm(dim=1, keepdim=True) * 10 ** (-drr / 20)
+        points = waveforms.shape[1] + len(time)
+        spectrum = torch.fft.rfft(waveforms, points)
+        response = 1 + torch.fft.rfft(nn.functional.pad(room, (1, 0)), points)
+        return torch.fft.irfft(spectrum * response, points)[:, : waveforms.shape[1]]
+
+
+def coloured_noise(waveforms):
+    """Noise like (B, N), of a colour from white to brown: power falls with frequency's square."""
+    spectrum = torch.fft.rfft(torch.randn_like(waveforms))
+    slope = torch.rand(len(waveforms), 1, device=waveforms.device)
+    frequency = torch.arange(1, spectrum.shape[1] + 1, device=waveforms.device)
+    return torch.fft.irfft(spectrum * frequency**-slope, waveforms.shape[1])
