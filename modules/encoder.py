@@ -85,10 +85,11 @@ class DropPath(nn.Module):
 
     def __init__(self, probability):
         super().__init__()
-        self.probability = probability
+        # No number, for which torch.compile would compile every layer anew.
+        self.register_buffer("probability", torch.tensor(probability), persistent=False)
 
     def forward(self, x):
-        if not (self.training and self.probability):
+        if not self.training:
             return x
         kept = torch.rand(len(x), 1, 1, device=x.device) >= self.probability
         return x * (kept / (1 - self.probability)).to(x.dtype)
@@ -119,7 +120,7 @@ class EncoderLayer(nn.Module):
         self.conv = ConvModule(d_model, kernel_size, activation, dropout, causal)
         self.out_norm = nn.LayerNorm(d_model)
         self.mixer_dropout = nn.Dropout(mixer_dropout)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def initial_state(self, batch_size):
         return self.mixer.initial_state(batch_size), self.conv.initial_state(batch_size)
