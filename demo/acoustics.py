@@ -49,7 +49,7 @@ class Place:
             loudness = np.sqrt(np.mean(speech**2) / np.mean(noise**2))
             x += noise * np.float32(loudness * 10 ** (-decibels / 20))
         points = _fast_length(len(x) + len(self.room))
-        out_points = _fast_length(round(points * SAMPLE_RATE / self.rate * size))
+        out_points = _fast_length(points * SAMPLE_RATE / self.rate * size)
         spectrum = np.fft.rfft(x, points)
         spectrum *= self._response(points, conditions.band_limit, rng)
         if rng.random() < conditions.reverb:
@@ -151,9 +151,12 @@ def _smooth(x, width):
 
 @functools.cache
 def _fast_lengths():
-    """Even numbers without prime factors above 5, whose Fourier transforms are fast."""
-    powers = (2 * 2**a * 3**b * 5**c for a in range(24) for b in range(15) for c in range(10))
-    return sorted(number for number in powers if number < 2**24)
+    """Even numbers below 2**24 without prime factors above 7: their Fourier transforms are fast."""
+    lengths = {2}
+    for factor in (2, 3, 5, 7):
+        for power in range(1, 24):
+            lengths |= {n * factor**power for n in lengths if n * factor**power < 2**24}
+    return sorted(lengths)
 
 
 def _fast_length(least):

@@ -56,18 +56,18 @@ def recordings(chapter):
     place = Place(reader.seed, voice.sample_rate)
     rng = np.random.default_rng([reader.seed, chapter.number])
     for text in chapter.texts:
-        voice.set_style(
-            round(reader.rate * rng.uniform(0.92, 1.08)),
-            round(np.clip(reader.pitch + rng.normal(0, 4), 0, 99)),
-            reader.pitch_range,
-            reader.gap,
-        )
         speech = _dictate(text, reader, rng) if chapter.apart else _read(text, reader, rng)
         size = reader.size * rng.uniform(0.98, 1.02)
         yield place.record(speech, size, chapter.conditions, rng)
 
 
 def _read(text, reader, rng):
+    espeak.start().set_style(
+        round(reader.rate * rng.uniform(0.92, 1.08)),
+        round(np.clip(reader.pitch + rng.normal(0, 4), 0, 99)),
+        reader.pitch_range,
+        reader.gap,
+    )
     text = punctuate(text, rng)  # in lower case: capitals would be spelt as abbreviations
     if reader.rules:
         text = pronounce(espeak.start().phonemes(text), reader.rules)

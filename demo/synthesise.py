@@ -49,7 +49,7 @@ def synthesise(
     seed=0,
     workers=None,
 ):
-    """Write about `hours` of speech as the split `<output>/<split>`; returns hours and seconds.
+    """Write about `hours` of speech as the split `<output>/<split>`; returns the hours made.
 
     Every line of `text` is read equally often (once more or less), by readers of its own; with
     `digits`, strings of digits are read instead. The folder appears when it is complete. Until
@@ -219,6 +219,9 @@ def main(argv=None):
         made = synthesise(**options, conditions=conditions)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, sf.LibsndfileError) as error:
+        print(f"error: {error}; once that is mended, the same command goes on", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

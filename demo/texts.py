@@ -37,13 +37,13 @@ def read_texts(path, max_words):
     if not sentences and not refused:
         raise UserError(f"{path} holds no text; expected an English sentence a line")
     if refused:
-        count = f"{path}: {len(refused)} lines have characters other than A to Z and apostrophe"
+        what = f"{path}: lines with other characters than A to Z and apostrophe"
         if len(refused) > len(sentences):
             raise UserError(
-                f"{count}, which is most of it (as {refused[0]}); expected English, with numbers "
-                "written as words"
+                f"{what}: {len(refused)}, most of it, as {refused[0]}; expected English, with "
+                "numbers written as words"
             )
-        print(f"{count} and are left out, as {refused[0]}", file=sys.stderr)
+        print(f"{what} that are left out: {len(refused)}, as {refused[0]}", file=sys.stderr)
     return sentences
 
 
