@@ -9,15 +9,24 @@ SAMPLE = 40  # readers
 
 
 def mean_seconds(texts, readers, apart):
-    """How long an utterance is, from three texts of each of some readers."""
-    readers = readers[:: max(1, len(readers) // SAMPLE)][:SAMPLE]
-    samples = utterances = 0
-    for i, reader in enumerate(readers):
-        part = tuple(texts[i :: len(readers)][:3])
+    """How long an utterance will be: some readers say three texts each, and the others by those.
+
+    Letters, and the readers' own pace, are known of all; only what remains is measured.
+    """
+    sample = readers[:: max(1, len(readers) // SAMPLE)][:SAMPLE]
+    samples = expected = 0
+    for i, reader in enumerate(sample):
+        part = tuple(texts[i :: len(sample)][:3])
         chapter = Chapter("", 1, reader, part, Conditions(0, 0, 0), apart)
         samples += sum(map(len, recordings(chapter)))
-        utterances += len(part)
-    return samples / utterances / SAMPLE_RATE
+        expected += sum(map(len, part)) * _pace(reader)
+    letters = sum(map(len, texts)) / len(texts)
+    pace = sum(map(_pace, readers)) / len(readers)
+    return samples / SAMPLE_RATE / expected * letters * pace
+
+
+def _pace(reader):
+    return reader.size / reader.rate
 
 
 def share_out(texts, readers, folder, conditions, apart):

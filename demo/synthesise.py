@@ -84,7 +84,7 @@ def synthesise(
     with _held(output, split):
         _check_disk(output, partial, hours)
         os.makedirs(partial, exist_ok=True)
-        sample = draw(rng, 200)
+        sample = draw(rng, 2000)
         seconds = _marker(partial).get("mean_seconds")
         if seconds is None:  # of a new run: a killed one must go on with the same
             seconds = mean_seconds(sample, readers, digits)

@@ -1,6 +1,7 @@
 """Manifests (CSV) to datasets, tokens and batches."""
 
 import math
+import operator
 import os
 import shutil
 from pathlib import Path
@@ -16,12 +17,14 @@ from modules.checkpoints import newest, resumable
 from modules.errors import UserError
 from modules.language_model import fetch
 from modules.launch import on_main
+from modules.mixing import MixedBatchSampler, read_mix, times_per_epoch
 from modules.randomness import seeded
 from modules.waveforms import Batch, Unread, read_audio
 
 
 def prepare_manifests(hparams):
     """Write `<split>.csv` for every split, and the merged training manifest, on one process."""
+    read_mix(hparams)  # its mistakes need not wait for the preparation
     on_main(
         prepare_librispeech,
         hparams["data_folder"],
@@ -141,32 +144,43 @@ class WholeStepSampler(Sampler):
 
 def train_loader_options(hparams, dataset):
     """DataLoader arguments for training: the batch sampler and the workers."""
+    durations = durations_of(dataset)
+
+    def make_batches(chosen):
+        return train_batches(hparams, [durations[i] for i in chosen])
+
+    times = times_per_epoch(hparams, dataset)
+    if times is None:
+        sampler = make_batches(range(len(durations)))
+    else:
+        sampler = MixedBatchSampler(make_batches, times, hparams["seed"])
+    return {"batch_sampler": sampler, **worker_options(hparams)}
+
+
+def train_batches(hparams, durations):
+    """A sampler of batches of indices into `durations` (seconds), in another order every epoch."""
     if hparams["dynamic_batching"]:
-        sampler = DynamicBatchSampler(
-            dataset,
+        return DynamicBatchSampler(
+            durations,
             hparams["max_batch_length_train"],
             num_buckets=hparams["num_buckets"],
-            length_func=lambda item: float(item["duration"]),
+            lengths_list=durations,
             shuffle=True,
             batch_ordering="random",
             max_batch_ex=hparams["max_batch_ex"],
             seed=hparams["seed"],
         )
-    else:
-        sampler = EpochBatchSampler(
-            fixed_order(hparams, dataset), hparams["batch_size"], drop_last=False
-        )
-    return {"batch_sampler": sampler, **worker_options(hparams)}
+    order = fixed_order(hparams, durations)
+    return EpochBatchSampler(order, hparams["batch_size"], drop_last=False)
 
 
-def fixed_order(hparams, dataset):
+def fixed_order(hparams, durations):
     """The order of utterances for batches of fixed size; `sorting` names it."""
     sorting = hparams["sorting"]
     if sorting == "random":
-        return ReproducibleRandomSampler(dataset, seed=hparams["seed"])
+        return ReproducibleRandomSampler(durations, seed=hparams["seed"])
     if sorting not in ("ascending", "descending"):
         raise UserError(f"sorting={sorting!r} is unknown; use random, ascending or descending")
-    durations = [float(dataset.data[i]["duration"]) for i in dataset.data_ids]
     return sorted(range(len(durations)), key=durations.__getitem__, reverse=sorting == "descending")
 
 
@@ -175,7 +189,7 @@ def eval_loader_options(hparams, dataset, seconds=None):
 
     seconds bounds a batch's audio; without it `test_batch_size` utterances make a batch.
     """
-    durations = [float(dataset.data[i]["duration"]) for i in dataset.data_ids]
+    durations = durations_of(dataset)
     batches = [[]]
     for i in sorted(range(len(durations)), key=durations.__getitem__):
         full = len(batches[-1]) == hparams["test_batch_size"]
@@ -211,9 +225,15 @@ def start_worker(worker):
     os.setsid()
 
 
-def hours(dataset):
-    """Hours of audio in a dataset."""
-    return sum(float(dataset.data[i]["duration"]) for i in dataset.data_ids) / 3600
+def durations_of(dataset):
+    """Seconds of every utterance, in the order of its index."""
+    return [float(dataset.data[i]["duration"]) for i in dataset.data_ids]
+
+
+def hours(dataset, times=None):
+    """Hours of audio in a dataset, where utterance i counts `times[i]`."""
+    durations = durations_of(dataset)
+    return sum(map(operator.mul, durations, times or [1] * len(durations))) / 3600
 
 
 def prepare_tokenizer(hparams, train):

@@ -158,9 +158,7 @@ def test_foreign_accents_are_heard(voice):
     assert len(voice.say(native)) == pytest.approx(len(voice.say(text)), rel=0.02)
     german = accents.pronounce(phonemes, [("w", "v"), ("D", "z"), ("d#", "t"), ("h", "")])
     assert german.startswith("[[v|'E|l]], [[z|@2 s|'E|v|@|n")
-    assert german.endswith(
-        "|'V|dZ|t z|,E|m]]"
-    )
+    assert german.endswith("|'V|dZ|t z|,E|m]]")
     names = {symbol for rules in accents.ACCENTS.values() for symbol in rules.split()}
     assert all(symbol.count(">") == 1 for symbol in names)
 
