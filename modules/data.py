@@ -1,5 +1,6 @@
 """Manifests (CSV) to datasets, tokens and batches."""
 
+import functools
 import math
 import operator
 import os
@@ -19,20 +20,22 @@ from modules.language_model import fetch
 from modules.launch import on_main
 from modules.mixing import MixedBatchSampler, read_mix, times_per_epoch
 from modules.randomness import seeded
+from modules.shards import load_shards, shard_batches
 from modules.waveforms import Batch, Unread, read_audio
 
 
 def prepare_manifests(hparams):
     """Write `<split>.csv` for every split, and the merged training manifest, on one process."""
     read_mix(hparams)  # its mistakes need not wait for the preparation
+    train_splits = () if hparams.get("train_shards") else hparams["train_splits"]
     on_main(
         prepare_librispeech,
         hparams["data_folder"],
         hparams["output_folder"],
-        hparams["train_splits"],
+        train_splits,
         hparams["dev_splits"],
         hparams["test_splits"],
-        merge_lst=hparams["train_splits"],
+        merge_lst=train_splits,
         merge_name="train.csv",
         skip_prep=hparams["skip_prep"],
         sample_rate=hparams["sample_rate"],
@@ -61,7 +64,8 @@ def load_manifest(path, hparams):
 def load_datasets(hparams):
     """Read the manifests: (train, valid, {test split: dataset})."""
     folder = Path(hparams["output_folder"])
-    train = load_manifest(hparams["train_csv"], hparams)
+    shards = hparams.get("train_shards")
+    train = load_shards(hparams) if shards else load_manifest(hparams["train_csv"], hparams)
     valid = load_manifest(folder / f"{hparams['dev_splits'][0]}.csv", hparams)
     for split in hparams["dev_splits"][1:]:
         more = load_manifest(folder / f"{split}.csv", hparams)
@@ -150,7 +154,10 @@ def train_loader_options(hparams, dataset):
         return train_batches(hparams, [durations[i] for i in chosen])
 
     times = times_per_epoch(hparams, dataset)
-    if times is None:
+    if hparams.get("train_shards"):
+        cut = functools.partial(shuffled_batches, hparams, durations)
+        sampler = shard_batches(hparams, dataset, cut, times)
+    elif times is None:
         sampler = make_batches(range(len(durations)))
     else:
         sampler = MixedBatchSampler(make_batches, times, hparams["seed"])
@@ -174,6 +181,40 @@ def train_batches(hparams, durations):
     return EpochBatchSampler(order, hparams["batch_size"], drop_last=False)
 
 
+def shuffled_batches(hparams, durations, chosen, rng):
+    """Batches of the chosen utterances alone, with little padding, in random order.
+
+    Among those of a shard or some, DynamicBatchSampler's many classes would leave many small ones.
+    """
+    if not hparams["dynamic_batching"]:
+        if hparams["sorting"] != "random":
+            raise UserError(
+                f"sorting={hparams['sorting']!r} is not for train_shards, which are read in random "
+                "order; use random"
+            )
+        order = rng.sample(chosen, len(chosen))
+        return pack(order, durations, most=hparams["batch_size"])
+    # Not quite by length, so that the same are not always together.
+    about = [durations[i] * rng.uniform(0.95, 1.05) for i in chosen]
+    order = [i for _, i in sorted(zip(about, chosen, strict=True))]
+    batches = pack(order, durations, hparams["max_batch_ex"], hparams["max_batch_length_train"])
+    rng.shuffle(batches)
+    return batches
+
+
+def pack(order, durations, most=math.inf, seconds=math.inf):
+    """Cut an order of utterances into batches of at most so many, and seconds with padding."""
+    batches, longest = [[]], 0.0
+    for i in order:
+        longest = max(longest, durations[i])
+        size = len(batches[-1])
+        if size and (size == most or (size + 1) * longest > seconds):
+            batches.append([])
+            longest = durations[i]
+        batches[-1].append(i)
+    return batches
+
+
 def fixed_order(hparams, durations):
     """The order of utterances for batches of fixed size; `sorting` names it."""
     sorting = hparams["sorting"]
@@ -190,14 +231,11 @@ def eval_loader_options(hparams, dataset, seconds=None):
     seconds bounds a batch's audio; without it `test_batch_size` utterances make a batch.
     """
     durations = durations_of(dataset)
-    batches = [[]]
-    for i in sorted(range(len(durations)), key=durations.__getitem__):
-        full = len(batches[-1]) == hparams["test_batch_size"]
-        if seconds is not None:
-            full = (len(batches[-1]) + 1) * durations[i] > seconds
-        if full and batches[-1]:
-            batches.append([])
-        batches[-1].append(i)
+    order = sorted(range(len(durations)), key=durations.__getitem__)
+    if seconds is None:
+        batches = pack(order, durations, most=hparams["test_batch_size"])
+    else:
+        batches = pack(order, durations, seconds=seconds)
     return {"batch_sampler": batches[::-1], **worker_options(hparams)}
 
 

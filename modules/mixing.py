@@ -45,7 +45,8 @@ def times_per_epoch(hparams, dataset):
         return None
     times = {}
     for split, number in mix.items():
-        path = Path(hparams["output_folder"]) / f"{split}.csv"
+        folder = hparams.get("train_shards") or hparams["output_folder"]
+        path = Path(folder) / f"{split}.csv"
         try:
             with open(path, encoding="utf-8", newline="") as file:
                 found = [row["ID"] for row in csv.DictReader(file)]
