@@ -12,6 +12,7 @@ from collections import Counter
 
 from modules.corpus.options import check_options, check_outputs, names_of, sentences_per_split
 from modules.corpus.report import quarantine_text, text_report
+from modules.corpus.shards import write_shards
 from modules.corpus.split import open_split, read_split
 from modules.corpus.store import (
     fingerprint,
@@ -263,6 +264,15 @@ def main(argv=None):
         "middle go unseen",
     )
     parser.add_argument("--workers", type=int, help="threads that open audio (two a CPU)")
+    parser.add_argument(
+        "--shards",
+        metavar="FOLDER",
+        help="also write the training splits there as tar files for WebDataset, which training "
+        "reads with --train_shards FOLDER (docs/synthetic.md)",
+    )
+    parser.add_argument(
+        "--shard-megabytes", type=float, default=64.0, help="size of such a file (%(default)s)"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -284,6 +294,9 @@ def main(argv=None):
             headers_only=args.headers_only,
             workers=args.workers,
         )
+        for split in args.train if args.shards else []:
+            count = write_shards(args.save_folder, split, args.shards, args.shard_megabytes)
+            logger.info("%s: %d shards in %s", split, count, args.shards)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -5,14 +5,11 @@ speakers follow the seed; samples may differ between eSpeak versions.
 """
 
 import argparse
-import contextlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +18,7 @@ if not __package__:  # run as a file: let it find its own package
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo import espeak
+from demo.processes import map_in_processes
 from demo.sentences import split_sentences
 from demo.speakers import split_speakers
 from modules.errors import UserError
@@ -122,27 +120,15 @@ def _chapters(folder, config):
 
 
 def _render_all(chapters, workers):
-    """Render chapters in processes: eSpeak keeps one state a process. Returns {split: seconds}."""
-    import torch
+    """Render chapters in processes. Returns {split: seconds}."""
+    from demo.render import render
 
-    from demo.render import render, start_worker
-
-    splits, chapters = zip(*chapters, strict=True)
+    split_of = {chapter: split for split, chapter in chapters}
     seconds = dict.fromkeys(SNR, 0.0)
-    workers = min(workers or os.cpu_count() or 1, len(chapters))
-    with contextlib.ExitStack() as stack:
-        if workers > 1:
-            context = multiprocessing.get_context("spawn")  # torch and fork do not go together
-            pool = ProcessPoolExecutor(workers, context, start_worker)
-            results = stack.enter_context(pool).map(render, chapters)
-        else:
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(1)  # threads cost these short signals more than they give
-            results = map(render, chapters)
-        total = sum(len(chapter.texts) for chapter in chapters)
-        progress = stack.enter_context(tqdm(total=total, disable=not sys.stderr.isatty()))
-        for split, chapter, length in zip(splits, chapters, results, strict=True):
-            seconds[split] += length
+    total = sum(len(chapter.texts) for chapter in split_of)
+    with tqdm(total=total, disable=not sys.stderr.isatty()) as progress:
+        for chapter, length in map_in_processes(render, list(split_of), workers):
+            seconds[split_of[chapter]] += length
             progress.update(len(chapter.texts))
     return seconds
 

@@ -1,8 +1,6 @@
 """One chapter of the demo corpus: synthesise, resample, add noise, write FLAC and transcript."""
 
-import multiprocessing
 import os
-import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,18 +27,6 @@ class Chapter:
     @property
     def name(self):
         return f"{self.speaker.id}-1"
-
-
-def start_worker():
-    """Prepare a process of the pool."""
-    torch.set_num_threads(1)  # the processes share the CPUs already
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    # A pool whose parent is killed waits for work forever.
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def render(chapter):

@@ -1,6 +1,8 @@
 """Manifests (CSV) to datasets, tokens and batches."""
 
+import functools
 import math
+import operator
 import os
 import shutil
 from pathlib import Path
@@ -16,20 +18,24 @@ from modules.checkpoints import newest, resumable
 from modules.errors import UserError
 from modules.language_model import fetch
 from modules.launch import on_main
+from modules.mixing import MixedBatchSampler, read_mix, times_per_epoch
 from modules.randomness import seeded
+from modules.shards import load_shards, shard_batches
 from modules.waveforms import Batch, Unread, read_audio
 
 
 def prepare_manifests(hparams):
     """Write `<split>.csv` for every split, and the merged training manifest, on one process."""
+    read_mix(hparams)  # its mistakes need not wait for the preparation
+    train_splits = () if hparams.get("train_shards") else hparams["train_splits"]
     on_main(
         prepare_librispeech,
         hparams["data_folder"],
         hparams["output_folder"],
-        hparams["train_splits"],
+        train_splits,
         hparams["dev_splits"],
         hparams["test_splits"],
-        merge_lst=hparams["train_splits"],
+        merge_lst=train_splits,
         merge_name="train.csv",
         skip_prep=hparams["skip_prep"],
         sample_rate=hparams["sample_rate"],
@@ -58,7 +64,8 @@ def load_manifest(path, hparams):
 def load_datasets(hparams):
     """Read the manifests: (train, valid, {test split: dataset})."""
     folder = Path(hparams["output_folder"])
-    train = load_manifest(hparams["train_csv"], hparams)
+    shards = hparams.get("train_shards")
+    train = load_shards(hparams) if shards else load_manifest(hparams["train_csv"], hparams)
     valid = load_manifest(folder / f"{hparams['dev_splits'][0]}.csv", hparams)
     for split in hparams["dev_splits"][1:]:
         more = load_manifest(folder / f"{split}.csv", hparams)
@@ -141,32 +148,80 @@ class WholeStepSampler(Sampler):
 
 def train_loader_options(hparams, dataset):
     """DataLoader arguments for training: the batch sampler and the workers."""
+    durations = durations_of(dataset)
+
+    def make_batches(chosen):
+        return train_batches(hparams, [durations[i] for i in chosen])
+
+    times = times_per_epoch(hparams, dataset)
+    if hparams.get("train_shards"):
+        cut = functools.partial(shuffled_batches, hparams, durations)
+        sampler = shard_batches(hparams, dataset, cut, times)
+    elif times is None:
+        sampler = make_batches(range(len(durations)))
+    else:
+        sampler = MixedBatchSampler(make_batches, times, hparams["seed"])
+    return {"batch_sampler": sampler, **worker_options(hparams)}
+
+
+def train_batches(hparams, durations):
+    """A sampler of batches of indices into `durations` (seconds), in another order every epoch."""
     if hparams["dynamic_batching"]:
-        sampler = DynamicBatchSampler(
-            dataset,
+        return DynamicBatchSampler(
+            durations,
             hparams["max_batch_length_train"],
             num_buckets=hparams["num_buckets"],
-            length_func=lambda item: float(item["duration"]),
+            lengths_list=durations,
             shuffle=True,
             batch_ordering="random",
             max_batch_ex=hparams["max_batch_ex"],
             seed=hparams["seed"],
         )
-    else:
-        sampler = EpochBatchSampler(
-            fixed_order(hparams, dataset), hparams["batch_size"], drop_last=False
-        )
-    return {"batch_sampler": sampler, **worker_options(hparams)}
+    order = fixed_order(hparams, durations)
+    return EpochBatchSampler(order, hparams["batch_size"], drop_last=False)
 
 
-def fixed_order(hparams, dataset):
+def shuffled_batches(hparams, durations, chosen, rng):
+    """Batches of the chosen utterances alone, with little padding, in random order.
+
+    Among those of a shard or some, DynamicBatchSampler's many classes would leave many small ones.
+    """
+    if not hparams["dynamic_batching"]:
+        if hparams["sorting"] != "random":
+            raise UserError(
+                f"sorting={hparams['sorting']!r} is not for train_shards, which are read in random "
+                "order; use random"
+            )
+        order = rng.sample(chosen, len(chosen))
+        return pack(order, durations, most=hparams["batch_size"])
+    # Not quite by length, so that the same are not always together.
+    about = [durations[i] * rng.uniform(0.95, 1.05) for i in chosen]
+    order = [i for _, i in sorted(zip(about, chosen, strict=True))]
+    batches = pack(order, durations, hparams["max_batch_ex"], hparams["max_batch_length_train"])
+    rng.shuffle(batches)
+    return batches
+
+
+def pack(order, durations, most=math.inf, seconds=math.inf):
+    """Cut an order of utterances into batches of at most so many, and seconds with padding."""
+    batches, longest = [[]], 0.0
+    for i in order:
+        longest = max(longest, durations[i])
+        size = len(batches[-1])
+        if size and (size == most or (size + 1) * longest > seconds):
+            batches.append([])
+            longest = durations[i]
+        batches[-1].append(i)
+    return batches
+
+
+def fixed_order(hparams, durations):
     """The order of utterances for batches of fixed size; `sorting` names it."""
     sorting = hparams["sorting"]
     if sorting == "random":
-        return ReproducibleRandomSampler(dataset, seed=hparams["seed"])
+        return ReproducibleRandomSampler(durations, seed=hparams["seed"])
     if sorting not in ("ascending", "descending"):
         raise UserError(f"sorting={sorting!r} is unknown; use random, ascending or descending")
-    durations = [float(dataset.data[i]["duration"]) for i in dataset.data_ids]
     return sorted(range(len(durations)), key=durations.__getitem__, reverse=sorting == "descending")
 
 
@@ -175,15 +230,12 @@ def eval_loader_options(hparams, dataset, seconds=None):
 
     seconds bounds a batch's audio; without it `test_batch_size` utterances make a batch.
     """
-    durations = [float(dataset.data[i]["duration"]) for i in dataset.data_ids]
-    batches = [[]]
-    for i in sorted(range(len(durations)), key=durations.__getitem__):
-        full = len(batches[-1]) == hparams["test_batch_size"]
-        if seconds is not None:
-            full = (len(batches[-1]) + 1) * durations[i] > seconds
-        if full and batches[-1]:
-            batches.append([])
-        batches[-1].append(i)
+    durations = durations_of(dataset)
+    order = sorted(range(len(durations)), key=durations.__getitem__)
+    if seconds is None:
+        batches = pack(order, durations, most=hparams["test_batch_size"])
+    else:
+        batches = pack(order, durations, seconds=seconds)
     return {"batch_sampler": batches[::-1], **worker_options(hparams)}
 
 
@@ -211,9 +263,15 @@ def start_worker(worker):
     os.setsid()
 
 
-def hours(dataset):
-    """Hours of audio in a dataset."""
-    return sum(float(dataset.data[i]["duration"]) for i in dataset.data_ids) / 3600
+def durations_of(dataset):
+    """Seconds of every utterance, in the order of its index."""
+    return [float(dataset.data[i]["duration"]) for i in dataset.data_ids]
+
+
+def hours(dataset, times=None):
+    """Hours of audio in a dataset, where utterance i counts `times[i]`."""
+    durations = durations_of(dataset)
+    return sum(map(operator.mul, durations, times or [1] * len(durations))) / 3600
 
 
 def prepare_tokenizer(hparams, train):

@@ -10,6 +10,7 @@ from speechbrain.utils.distributed import if_main_process
 from modules import launch
 from modules.data import eval_loader_options, hours, prepare_manifests, train_loader_options
 from modules.lock import FolderLock
+from modules.mixing import times_per_epoch
 
 
 def run_recipe(argv, brain_class, dataio_prepare):
@@ -30,6 +31,7 @@ def run(path, hparams, run_opts, overrides, brain_class, dataio_prepare):
     sb.create_experiment_directory(hparams["output_folder"])
     prepare_manifests(hparams)
     train, valid, tests = dataio_prepare(hparams)
+    train_hours = hours(train, times_per_epoch(hparams, train))
     brain = brain_class(hparams, run_opts)
     brain.noprogressbar = brain.noprogressbar or not os.isatty(2)
     brain.check_start()
@@ -47,7 +49,7 @@ def run(path, hparams, run_opts, overrides, brain_class, dataio_prepare):
     brain.prepare_test()
     brain.test(tests, lambda dataset: eval_loader_options(hparams, dataset))
     if if_main_process():
-        text = summary(path, hparams, brain, train, tests)
+        text = summary(path, hparams, brain, train_hours, tests)
         (Path(hparams["output_folder"]) / "summary.txt").write_text(text, encoding="utf-8")
         print(text)
 
@@ -64,7 +66,7 @@ def save_hyperparams(path, hparams, overrides):
     os.replace(beside, target)
 
 
-def summary(path, hparams, brain, train, tests):
+def summary(path, hparams, brain, train_hours, tests):
     """One screen: model, data, error rates, speed, files."""
     folder = Path(hparams["output_folder"])
     parameters = sum(p.numel() for p in hparams["model"].parameters())
@@ -72,7 +74,7 @@ def summary(path, hparams, brain, train, tests):
         "",
         f"model        {path} ({parameters / 1e6:.3f} M parameters)",
         f"device       {brain.device}, precision {brain.precision}",
-        f"training     {hours(train):.2f} h an epoch, {hparams['epoch_counter'].current} epochs, "
+        f"training     {train_hours:.2f} h an epoch, {hparams['epoch_counter'].current} epochs, "
         f"{brain.optimizer_step} steps",
         "",
         f"{'test set':<20}{'hours':>8}{'WER %':>9}{'CER %':>9}{'RTF':>9}",

@@ -1,5 +1,6 @@
 """The audio of an utterance, checked against its manifest, and batches of what can be used."""
 
+import io
 import math
 import os
 from dataclasses import dataclass
@@ -24,12 +25,16 @@ class Unread:
 def read_audio(path, sample_rate, seconds):
     """The samples (N,) of a file, or Unread when it is not what the manifest says.
 
-    A file may change after preparation: a disk fails, a copy breaks off.
+    A file may change after preparation: a disk fails, a copy breaks off. In place of a path there
+    may be the file's bytes, or an Unread.
     """
+    if isinstance(path, Unread):
+        return Unread(path.why, math.ceil(seconds * sample_rate))
+    in_memory = isinstance(path, bytes)
     try:
-        if not os.path.isfile(path):
+        if not in_memory and not os.path.isfile(path):
             raise FileNotFoundError("there is no such file")
-        with sf.SoundFile(path) as audio:
+        with sf.SoundFile(io.BytesIO(path) if in_memory else path) as audio:
             why = difference(path, audio, sample_rate, seconds)
             if why is None:
                 x = audio.read(dtype="float32")
@@ -38,7 +43,8 @@ def read_audio(path, sample_rate, seconds):
                 why = f"breaks off after {len(x)} of {audio.frames} samples"
     except (sf.LibsndfileError, OSError, TypeError) as error:  # TypeError: raw data, no header
         why = getattr(error, "error_string", str(error)) or "unreadable"
-    return Unread(f"{path}: {why}", math.ceil(seconds * sample_rate))
+    name = "the file in the shard" if in_memory else path
+    return Unread(f"{name}: {why}", math.ceil(seconds * sample_rate))
 
 
 def difference(path, audio, sample_rate, seconds):
@@ -48,7 +54,7 @@ def difference(path, audio, sample_rate, seconds):
     found = audio.frames / audio.samplerate
     if abs(found - seconds) > TOLERANCE:
         return f"lasts {found:.2f} s, and the manifest says {seconds:.2f} s"
-    why = cut_off(path, audio.frames)
+    why = None if isinstance(path, bytes) else cut_off(path, audio.frames)
     return why and f"breaks off: {why}"
 
 

@@ -1,0 +1,93 @@
+"""A reader's chapter: say every text, record it, and put the folder in its place when complete."""
+
+import os
+import shutil
+from dataclasses import dataclass
+
+import numpy as np
+import soundfile as sf
+
+from demo import espeak
+from demo.accents import pronounce
+from demo.acoustics import SAMPLE_RATE, Conditions, Place, babble
+from demo.readers import Reader
+from demo.texts import punctuate
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Some of what a reader says. `apart`: word by word, as numbers are dictated."""
+
+    folder: str
+    number: int
+    reader: Reader
+    texts: tuple[str, ...]
+    conditions: Conditions
+    apart: bool
+
+    @property
+    def name(self):
+        return f"{self.reader.id}-{self.number}"
+
+
+def read_chapter(chapter):
+    """Write the FLAC files and the transcript of a chapter; returns seconds of speech."""
+    partial = f"{chapter.folder}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    os.makedirs(partial)
+    seconds, lines = 0.0, []
+    for index, recording in enumerate(recordings(chapter)):
+        name = f"{chapter.name}-{index:04d}"
+        sf.write(f"{partial}/{name}.flac", recording, SAMPLE_RATE, subtype="PCM_16")
+        seconds += len(recording) / SAMPLE_RATE
+        lines.append(f"{name} {chapter.texts[index]}\n")
+    with open(f"{partial}/{chapter.name}.trans.txt", "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    os.rename(partial, chapter.folder)
+    return seconds
+
+
+def recordings(chapter):
+    """Yield every text of a chapter, spoken and recorded: samples at 16 kHz, float32."""
+    reader, voice = chapter.reader, espeak.start()
+    if chapter.conditions.noise:
+        babble()  # now: to make it, eSpeak takes other voices
+    reader.set_voice()
+    place = Place(reader.seed, voice.sample_rate)
+    rng = np.random.default_rng([reader.seed, chapter.number])
+    for text in chapter.texts:
+        speech = _dictate(text, reader, rng) if chapter.apart else _read(text, reader, rng)
+        size = reader.size * rng.uniform(0.98, 1.02)
+        yield place.record(speech, size, chapter.conditions, rng)
+
+
+def _read(text, reader, rng):
+    espeak.start().set_style(
+        round(reader.rate * rng.uniform(0.92, 1.08)),
+        round(np.clip(reader.pitch + rng.normal(0, 4), 0, 99)),
+        reader.pitch_range,
+        reader.gap,
+    )
+    text = punctuate(text, rng)  # in lower case: capitals would be spelt as abbreviations
+    if reader.rules:
+        text = pronounce(espeak.start().phonemes(text), reader.rules)
+    return espeak.start().say(text)
+
+
+def _dictate(text, reader, rng):
+    """Groups of one to three words (mostly one), 60 to 200 ms apart, each of its own loudness."""
+    words, parts = text.split(), []
+    while words:
+        size = rng.choice([1, 1, 1, 2, 3])
+        group, words = " ".join(words[:size]), words[size:]
+        spoken = _trim(_read(group, reader, rng))
+        parts.append(spoken * np.float32(10 ** (rng.normal(0, 2) / 20)))
+        if words:
+            pause = rng.uniform(0.06, 0.2) * espeak.start().sample_rate
+            parts.append(np.zeros(round(pause), np.float32))
+    return np.concatenate(parts)
+
+
+def _trim(speech):
+    loud = np.flatnonzero(np.abs(speech) > 0.01)
+    return speech[loud[0] : loud[-1] + 1] if len(loud) else speech
