@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from inference.card import model_card
+from inference.files import NGRAM
 from inference.recognizer import Recognizer
 from inference.resolved import Resolved, configuration
 from inference.snapshot import ROOT, copy_code
@@ -119,6 +120,8 @@ def write(folder, run, resolved, config, found):
         # An evaluation with `resume` keeps its language model in its own folder.
         places = [run / "save" / "lm.ckpt", save / "lm.ckpt"]
         copy(next((p for p in places if p.is_file()), places[0]), folder / "lm.ckpt")
+    if "ngram" in config:
+        copy_ngram(Path(str(resolved.value("kenlm_model_path"))), folder)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     (folder / "hyperparams.yaml").write_text(hyperparams(config), encoding="utf-8")
@@ -131,6 +134,16 @@ def copy(source, target):
     if not source.is_file():
         raise UserError(f"{source} is missing; the model cannot transcribe without it")
     shutil.copyfile(source, target)
+
+
+def copy_ngram(source, folder):
+    """Take the run's n-gram along, as text: KenLM's binary is no file to take from strangers."""
+    if source.suffix != ".arpa":
+        raise UserError(
+            f"kenlm_model_path={source}: a package holds an .arpa; evaluate with that, or give "
+            "--no-lm to package the acoustic model alone"
+        )
+    copy(source, folder / NGRAM)
 
 
 def weights_of(resolved, config, found):

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from inference.align import align
 from inference.audio import open_audio, read
-from inference.files import load_parts, model_of, read_config
+from inference.files import NGRAM, load_parts, model_of, present, read_config
 from inference.listener import Listener
 from inference.parts import build_parts
 from inference.windows import WHOLE, WINDOW
@@ -35,12 +35,13 @@ class Recognizer(Listener):
             self.search.eval().to(self.device)
 
     @classmethod
-    def from_folder(cls, folder, device="auto", beam_size=None, lm=None, lm_weight=0.5):
+    def from_folder(cls, folder, device="auto", beam_size=None, lm=None, lm_weight=None):
         """Load what package.py wrote; nothing is written and no network is used.
 
         device: auto (the best present), cpu, cuda, cuda:N or mps.
         beam_size: hypotheses kept, in place of the package's number.
-        lm, lm_weight: a word n-gram, .arpa or .bin, for the search of a CTC model.
+        lm: a word n-gram, .arpa or .bin, for the search of a CTC model, in place of the package's.
+        lm_weight: of the language model; None: the package's, or 0.5.
         UserError names the file or the weight that is missing, unexpected or damaged.
         """
         folder = Path(folder)
@@ -48,7 +49,7 @@ class Recognizer(Listener):
             raise UserError(f"there is no folder {folder}; package.py makes one from a training")
         device = best_device() if device == "auto" else check_device(device)
         config = read_config(folder / "config.json")
-        change_search(config["parts"], beam_size, lm, lm_weight)
+        change_search(config, folder, beam_size, lm, lm_weight)
         try:
             parts = build_parts(config["parts"])
         except OSError as error:  # no part but an n-gram reads a file
@@ -111,17 +112,22 @@ class Recognizer(Listener):
         return self.search(x, lengths)[0], log_probs
 
 
-def change_search(parts, beam_size, lm, lm_weight):
-    """Let a package's configuration have another beam or an n-gram; UserError where it cannot."""
+def change_search(config, folder, beam_size, lm, lm_weight):
+    """Let a package have another beam or language model; UserError where it cannot."""
+    parts = config["parts"]
     if beam_size is not None:
         if beam_size < 1:
             raise UserError(f"beam_size={beam_size} must be at least 1, which is greedy search")
         parts["search"]["beam_size"] = beam_size
-    if lm is None:
-        return
-    if "decoder" in parts:
+    if lm_weight is not None:
+        config["lm_weight"] = lm_weight
+    if lm is not None and "decoder" in parts:
         raise UserError(
             f"lm={lm}: this model has a decoder, and a word n-gram goes with CTC models alone; "
             "leave it out"
         )
-    parts["search"] |= {"kenlm_model_path": str(lm), "alpha": lm_weight}
+    if lm is None and "ngram" in config:
+        lm = present(folder / NGRAM)
+    if lm is not None:
+        weight = config.get("lm_weight", 0.5)
+        parts["search"] |= {"kenlm_model_path": str(lm), "alpha": weight}
