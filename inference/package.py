@@ -19,6 +19,7 @@ from inference.speechbrain_parts import hyperparams
 from inference.windows import SHORTEST
 from modules.checkpoints import average, best, list_checkpoints, newest, resumable
 from modules.errors import UserError
+from modules.language_model import read_description
 
 
 def package(run, output, overwrite=False, use_lm=True):
@@ -33,6 +34,11 @@ def package(run, output, overwrite=False, use_lm=True):
     resolved = Resolved(run / "hyperparams.yaml")
     config = configuration(resolved, use_lm) | heard_lengths(run, resolved)
     found = checkpoints(run, resolved)
+    # The folder that a language model came from may have said how it is built.
+    description = read_description(language_model_of(run, found))
+    if description and "language_model" in config["parts"]:
+        description["factory"] = description.pop("new")
+        config["parts"]["language_model"] = description
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
@@ -117,9 +123,7 @@ def write(folder, run, resolved, config, found):
     if "Subword" in config["parts"]["tokenizer"]["new"]:
         copy(save / "tokenizer.model", folder / "tokenizer.ckpt")
     if "language_model" in config["parts"]:
-        # An evaluation with `resume` keeps its language model in its own folder.
-        places = [run / "save" / "lm.ckpt", save / "lm.ckpt"]
-        copy(next((p for p in places if p.is_file()), places[0]), folder / "lm.ckpt")
+        copy(language_model_of(run, found) / "lm.ckpt", folder / "lm.ckpt")
     if "ngram" in config:
         copy_ngram(Path(str(resolved.value("kenlm_model_path"))), folder)
     text = json.dumps(config, indent=2, ensure_ascii=False)
@@ -128,6 +132,13 @@ def write(folder, run, resolved, config, found):
     copy_code(folder / "src")
     shutil.copyfile(Path(__file__).with_name("interface.py"), folder / "interface.py")
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
+
+
+def language_model_of(run, found):
+    """The folder with the test stage's language model."""
+    # An evaluation with `resume` keeps its language model in its own folder.
+    places = [run / "save", newest(found).path.parent]
+    return next((p for p in places if (p / "lm.ckpt").is_file()), places[0])
 
 
 def copy(source, target):

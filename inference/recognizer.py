@@ -1,8 +1,10 @@
 """Recognizer: a package folder to transcripts, as the training script's test stage makes them."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
+from speechbrain.lobes.models.transformer.TransformerLM import TransformerLM
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -13,6 +15,7 @@ from inference.listener import Listener
 from inference.parts import build_parts
 from inference.windows import WHOLE, WINDOW
 from modules.errors import UserError
+from modules.language_model import PUBLISHED, find_tokenizer, load_language_model
 from modules.launch import best_device, check_device
 from modules.lengths import relative
 
@@ -40,7 +43,8 @@ class Recognizer(Listener):
 
         device: auto (the best present), cpu, cuda, cuda:N or mps.
         beam_size: hypotheses kept, in place of the package's number.
-        lm: a word n-gram, .arpa or .bin, for the search of a CTC model, in place of the package's.
+        lm: a language model in place of the package's: a word n-gram, .arpa or .bin, for a CTC
+        model; the folder of one from train_LM.py for a model with a decoder.
         lm_weight: of the language model; None: the package's, or 0.5.
         UserError names the file or the weight that is missing, unexpected or damaged.
         """
@@ -55,6 +59,8 @@ class Recognizer(Listener):
         except OSError as error:  # no part but an n-gram reads a file
             raise UserError(f"lm={lm} is no n-gram that KenLM reads: {error}") from None
         load_parts(parts, config, folder)
+        if lm is not None and "decoder" in parts:
+            use_language_model(parts, config, Path(lm))
         known = {k: config[k] for k in ("whole_seconds", "window_seconds") if k in config}
         return cls(parts, config["sample_rate"], device, **known)
 
@@ -121,13 +127,32 @@ def change_search(config, folder, beam_size, lm, lm_weight):
         parts["search"]["beam_size"] = beam_size
     if lm_weight is not None:
         config["lm_weight"] = lm_weight
-    if lm is not None and "decoder" in parts:
-        raise UserError(
-            f"lm={lm}: this model has a decoder, and a word n-gram goes with CTC models alone; "
-            "leave it out"
-        )
+    if "decoder" in parts:
+        if lm is not None and not Path(lm).is_dir():
+            raise UserError(
+                f"lm={lm}: this model has a decoder, and a word n-gram goes with CTC models alone; "
+                "give the folder of a language model that train_LM.py made, or leave it out"
+            )
+        return
     if lm is None and "ngram" in config:
         lm = present(folder / NGRAM)
     if lm is not None:
         weight = config.get("lm_weight", 0.5)
         parts["search"] |= {"kenlm_model_path": str(lm), "alpha": weight}
+
+
+def use_language_model(parts, config, folder):
+    """Let the search of a model with a decoder use the language model in a folder."""
+    if not (folder / "lm.ckpt").is_file():
+        raise UserError(f"lm={folder} holds no lm.ckpt; give the output folder of train_LM.py")
+    tokenizer = find_tokenizer(folder)
+    ours = parts["tokenizer"].model
+    if tokenizer.read_bytes() != ours.serialized_model_proto():
+        raise UserError(
+            f"lm={folder}: its {tokenizer.name} is not the model's tokenizer.ckpt; train it over "
+            "the model's units, with --tokenizer_path of that file"
+        )
+    make_lm = partial(TransformerLM, vocab=len(parts["tokenizer"]), **PUBLISHED)
+    lm = load_language_model(make_lm, folder)
+    weight, temperature = config.get("lm_weight", 0.5), config.get("lm_temperature", 1.15)
+    parts["search"].use_language_model(lm, weight, temperature)

@@ -37,7 +37,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 POSITIVE = (
     "number_of_epochs batch_size test_batch_size avg_checkpoints grad_accumulation_factor "
     "max_batch_length_train max_batch_length_val max_batch_ex num_buckets n_warmup_steps "
-    "max_nonfinite_steps "
+    "max_nonfinite_steps max_batch_tokens max_tokens num_layers "
     "d_model num_encoder_layers num_decoder_layers d_ffn d_state expand d_conv nhead kernel_size "
     "cnn_channels_1 cnn_channels_2 output_neurons valid_search_interval valid_beam_size "
     "test_beam_size sample_rate n_fft win_length hop_length n_mels"
@@ -194,13 +194,13 @@ def check_values(values, run_opts):
             raise UserError(f"{key}={value} must be positive")
     if values["num_workers"] < 0:
         raise UserError(f"num_workers={values['num_workers']} must be 0 or more")
-    if values["normalize_until_epoch"] < 2:
+    if values.get("normalize_until_epoch", 2) < 2:
         raise UserError(
             f"normalize_until_epoch={values['normalize_until_epoch']} leaves no epoch to measure "
             "the features in; use 2 or more"
         )
     for key in ("train_splits", "dev_splits", "test_splits"):
-        if not values[key]:
+        if key in values and not values[key]:
             raise UserError(f"{key} is empty; name at least one split of {values['data_folder']}")
     for key, precision in (
         ("precision", values["precision"]),
