@@ -43,7 +43,8 @@ HPARAMS files here: {available}
 def run(main, script, example, text=HELP):
     """Call `main(argv)`; print a `UserError` without a stack trace and exit with status 2.
 
-    Without arguments the help `text` is shown. Status 75 tells that a signal ended the run and the same command goes on.
+    Without arguments the help `text` is shown. Status 75 tells that a signal ended the run and the
+    same command goes on.
     """
     try:
         argv = sys.argv[1:]
