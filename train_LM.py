@@ -7,6 +7,7 @@ python train_LM.py hparams/LM/mamba.yaml --train_text "[train.txt]" --dev_text "
 import json
 import os
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import speechbrain as sb
@@ -44,6 +45,8 @@ Word n-grams for CTC: python -m modules.lm.ngram --help
 HPARAMS files here: {available}
 """
 
+ENOUGH = 1_000_000  # sentences to learn units from, which SentencePiece keeps in memory
+
 
 def prepare_tokenizer(hparams):
     """Load the output folder's tokenizer: of `tokenizer_path`, or trained from the text."""
@@ -55,7 +58,8 @@ def prepare_tokenizer(hparams):
             return
         source = hparams["tokenizer_path"] or hparams["resume"]
         if source is None:
-            tokenizer.train(read_sentences(hparams["train_text"], "train_text"), path)
+            text = read_sentences(hparams["train_text"], "train_text")
+            tokenizer.train(list(islice(text, ENOUGH)), path)
             return
         beside = path.with_suffix(".partial")
         shutil.copyfile(find_tokenizer(source), beside)
