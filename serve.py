@@ -46,8 +46,10 @@ def parser():
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (auto)")
     p.add_argument("--threads", type=int, metavar="N", help="of a CPU, for one batch (all cores)")
     p.add_argument("--beam", type=int, metavar="N", help="hypotheses kept (the package's number)")
-    p.add_argument("--lm", metavar="FILE", help="word n-gram, .arpa or .bin, for a CTC model")
-    p.add_argument("--lm-weight", type=float, default=0.5, metavar="W", help="its weight (0.5)")
+    p.add_argument("--lm", metavar="FILE", help="as of transcribe.py: an n-gram, or a folder")
+    p.add_argument(
+        "--lm-weight", type=float, metavar="W", help="its weight (the package's, or 0.5)"
+    )
 
     def limit(option, kind, default, what):
         metavar = "N" if kind is int else "X"

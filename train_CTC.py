@@ -56,6 +56,8 @@ class ASR(ASRBrain):
             token_prune_min_logp=self.hparams.token_prune_min_logp,
             kenlm_model_path=None if self.hparams.no_lm else self.hparams.kenlm_model_path,
             alpha=self.hparams.lm_weight,
+            # Files of before the key was there have the shipped files' bonus.
+            beta=getattr(self.hparams, "word_bonus", 1.5),
         )
 
 

@@ -24,6 +24,7 @@ examples:
   python transcribe.py lecture.m4a --model DIR --format vtt --output-dir . --device cuda
   curl -s https://example.org/a.ogg | python transcribe.py - --model DIR
   python transcribe.py speech.wav --model DIR --beam 50 --lm 4-gram.arpa
+  python transcribe.py speech.wav --model packages/s2s --lm results/LM/mamba/3402
 
 DIR is a package: python package.py OUTPUT_FOLDER --output DIR makes one from a training. A file
 model.onnx that export.py made from a package does too, on the CPU and without PyTorch installed.
@@ -60,8 +61,15 @@ def parser():
         help="json: words with times and confidences too; srt, vtt, tsv: a cue or row a word",
     )
     p.add_argument("--beam", type=int, metavar="N", help="hypotheses kept (the package's number)")
-    p.add_argument("--lm", metavar="FILE", help="word n-gram, .arpa or .bin, for a CTC model")
-    p.add_argument("--lm-weight", type=float, default=0.5, metavar="W", help="its weight (0.5)")
+    p.add_argument(
+        "--lm",
+        metavar="PATH",
+        help="word n-gram, .arpa or .bin, for a CTC model; for one with a decoder the output "
+        "folder of train_LM.py (the package's, if it has one)",
+    )
+    p.add_argument(
+        "--lm-weight", type=float, metavar="W", help="its weight (the package's, or 0.5)"
+    )
     p.add_argument(
         "--chunk-seconds",
         type=float,

@@ -95,7 +95,8 @@ def model_facts(config, model, commit):
     settings = {k: v for k, v in search.items() if isinstance(v, int | float)}
     shown = ", ".join(f"{k} {v}" for k, v in settings.items())
     facts["search"] = f"{short(search['new'])}: {shown}"
-    facts["language model"] = "yes" if "language_model" in parts else "none"
+    neural = "yes" if "language_model" in parts else "none"
+    facts["language model"] = "word n-gram" if "ngram" in config else neural
     facts["sampling rate"] = f"{config['sample_rate']} Hz; other rates are resampled"
     facts["code"] = f"commit {commit}" if commit else "commit unknown"
     return facts

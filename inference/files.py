@@ -11,6 +11,7 @@ from modules.tensors import load_tensors
 from modules.tokenizer import SubwordTokenizer
 
 LARGEST = 1 << 20  # bytes of a configuration
+NGRAM = "n-gram.arpa"  # a package's, of a CTC model
 LENGTHS = ("whole_seconds", "window_seconds")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from inference.card import model_card
+from inference.files import NGRAM
 from inference.recognizer import Recognizer
 from inference.resolved import Resolved, configuration
 from inference.snapshot import ROOT, copy_code
@@ -18,6 +19,7 @@ from inference.speechbrain_parts import hyperparams
 from inference.windows import SHORTEST
 from modules.checkpoints import average, best, list_checkpoints, newest, resumable
 from modules.errors import UserError
+from modules.language_model import read_description
 
 
 def package(run, output, overwrite=False, use_lm=True):
@@ -32,6 +34,11 @@ def package(run, output, overwrite=False, use_lm=True):
     resolved = Resolved(run / "hyperparams.yaml")
     config = configuration(resolved, use_lm) | heard_lengths(run, resolved)
     found = checkpoints(run, resolved)
+    # The folder that a language model came from may have said how it is built.
+    description = read_description(language_model_of(run, found))
+    if description and "language_model" in config["parts"]:
+        description["factory"] = description.pop("new")
+        config["parts"]["language_model"] = description
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
@@ -116,9 +123,9 @@ def write(folder, run, resolved, config, found):
     if "Subword" in config["parts"]["tokenizer"]["new"]:
         copy(save / "tokenizer.model", folder / "tokenizer.ckpt")
     if "language_model" in config["parts"]:
-        # An evaluation with `resume` keeps its language model in its own folder.
-        places = [run / "save" / "lm.ckpt", save / "lm.ckpt"]
-        copy(next((p for p in places if p.is_file()), places[0]), folder / "lm.ckpt")
+        copy(language_model_of(run, found) / "lm.ckpt", folder / "lm.ckpt")
+    if "ngram" in config:
+        copy_ngram(Path(str(resolved.value("kenlm_model_path"))), folder)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     (folder / "hyperparams.yaml").write_text(hyperparams(config), encoding="utf-8")
@@ -127,10 +134,27 @@ def write(folder, run, resolved, config, found):
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
 
 
+def language_model_of(run, found):
+    """The folder with the test stage's language model."""
+    # An evaluation with `resume` keeps its language model in its own folder.
+    places = [run / "save", newest(found).path.parent]
+    return next((p for p in places if (p / "lm.ckpt").is_file()), places[0])
+
+
 def copy(source, target):
     if not source.is_file():
         raise UserError(f"{source} is missing; the model cannot transcribe without it")
     shutil.copyfile(source, target)
+
+
+def copy_ngram(source, folder):
+    """Take the run's n-gram along, as text: KenLM's binary is no file to take from strangers."""
+    if source.suffix != ".arpa":
+        raise UserError(
+            f"kenlm_model_path={source}: a package holds an .arpa; evaluate with that, or give "
+            "--no-lm to package the acoustic model alone"
+        )
+    copy(source, folder / NGRAM)
 
 
 def weights_of(resolved, config, found):

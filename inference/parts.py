@@ -20,6 +20,7 @@ from modules.encoder import Encoder
 from modules.errors import UserError
 from modules.features import Features
 from modules.frontend import ConvFrontend
+from modules.lm.mamba_lm import MambaLM
 from modules.mamba import BiMamba, Mamba
 from modules.search import CTCSearch, JointBeamSearch
 from modules.tokenizer import CharacterTokenizer, SubwordTokenizer
@@ -48,6 +49,7 @@ CLASSES = {
     "modules.search.CTCSearch": CTCSearch,
     "modules.search.JointBeamSearch": JointBeamSearch,
     "speechbrain.lobes.models.transformer.TransformerLM.TransformerLM": TransformerLM,
+    "modules.lm.mamba_lm.MambaLM": MambaLM,
     "speechbrain.utils.dynamic_chunk_training.DynChunkTrainConfig": DynChunkTrainConfig,
     "speechbrain.utils.dynamic_chunk_training.DynChunkTrainConfigRandomSampler": (
         DynChunkTrainConfigRandomSampler

@@ -1,18 +1,21 @@
 """Recognizer: a package folder to transcripts, as the training script's test stage makes them."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
+from speechbrain.lobes.models.transformer.TransformerLM import TransformerLM
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from inference.align import align
 from inference.audio import open_audio, read
-from inference.files import load_parts, model_of, read_config
+from inference.files import NGRAM, load_parts, model_of, present, read_config
 from inference.listener import Listener
 from inference.parts import build_parts
 from inference.windows import WHOLE, WINDOW
 from modules.errors import UserError
+from modules.language_model import PUBLISHED, find_tokenizer, load_language_model
 from modules.launch import best_device, check_device
 from modules.lengths import relative
 
@@ -35,12 +38,14 @@ class Recognizer(Listener):
             self.search.eval().to(self.device)
 
     @classmethod
-    def from_folder(cls, folder, device="auto", beam_size=None, lm=None, lm_weight=0.5):
+    def from_folder(cls, folder, device="auto", beam_size=None, lm=None, lm_weight=None):
         """Load what package.py wrote; nothing is written and no network is used.
 
         device: auto (the best present), cpu, cuda, cuda:N or mps.
         beam_size: hypotheses kept, in place of the package's number.
-        lm, lm_weight: a word n-gram, .arpa or .bin, for the search of a CTC model.
+        lm: a language model in place of the package's: a word n-gram, .arpa or .bin, for a CTC
+        model; the folder of one from train_LM.py for a model with a decoder.
+        lm_weight: of the language model; None: the package's, or 0.5.
         UserError names the file or the weight that is missing, unexpected or damaged.
         """
         folder = Path(folder)
@@ -48,12 +53,14 @@ class Recognizer(Listener):
             raise UserError(f"there is no folder {folder}; package.py makes one from a training")
         device = best_device() if device == "auto" else check_device(device)
         config = read_config(folder / "config.json")
-        change_search(config["parts"], beam_size, lm, lm_weight)
+        change_search(config, folder, beam_size, lm, lm_weight)
         try:
             parts = build_parts(config["parts"])
         except OSError as error:  # no part but an n-gram reads a file
             raise UserError(f"lm={lm} is no n-gram that KenLM reads: {error}") from None
         load_parts(parts, config, folder)
+        if lm is not None and "decoder" in parts:
+            use_language_model(parts, config, Path(lm))
         known = {k: config[k] for k in ("whole_seconds", "window_seconds") if k in config}
         return cls(parts, config["sample_rate"], device, **known)
 
@@ -111,17 +118,41 @@ class Recognizer(Listener):
         return self.search(x, lengths)[0], log_probs
 
 
-def change_search(parts, beam_size, lm, lm_weight):
-    """Let a package's configuration have another beam or an n-gram; UserError where it cannot."""
+def change_search(config, folder, beam_size, lm, lm_weight):
+    """Let a package have another beam or language model; UserError where it cannot."""
+    parts = config["parts"]
     if beam_size is not None:
         if beam_size < 1:
             raise UserError(f"beam_size={beam_size} must be at least 1, which is greedy search")
         parts["search"]["beam_size"] = beam_size
-    if lm is None:
-        return
+    if lm_weight is not None:
+        config["lm_weight"] = lm_weight
     if "decoder" in parts:
+        if lm is not None and not Path(lm).is_dir():
+            raise UserError(
+                f"lm={lm}: this model has a decoder, and a word n-gram goes with CTC models alone; "
+                "give the folder of a language model that train_LM.py made, or leave it out"
+            )
+        return
+    if lm is None and "ngram" in config:
+        lm = present(folder / NGRAM)
+    if lm is not None:
+        weight = config.get("lm_weight", 0.5)
+        parts["search"] |= {"kenlm_model_path": str(lm), "alpha": weight}
+
+
+def use_language_model(parts, config, folder):
+    """Let the search of a model with a decoder use the language model in a folder."""
+    if not (folder / "lm.ckpt").is_file():
+        raise UserError(f"lm={folder} holds no lm.ckpt; give the output folder of train_LM.py")
+    tokenizer = find_tokenizer(folder)
+    ours = parts["tokenizer"].model
+    if tokenizer.read_bytes() != ours.serialized_model_proto():
         raise UserError(
-            f"lm={lm}: this model has a decoder, and a word n-gram goes with CTC models alone; "
-            "leave it out"
+            f"lm={folder}: its {tokenizer.name} is not the model's tokenizer.ckpt; train it over "
+            "the model's units, with --tokenizer_path of that file"
         )
-    parts["search"] |= {"kenlm_model_path": str(lm), "alpha": lm_weight}
+    make_lm = partial(TransformerLM, vocab=len(parts["tokenizer"]), **PUBLISHED)
+    lm = load_language_model(make_lm, folder)
+    weight, temperature = config.get("lm_weight", 0.5), config.get("lm_temperature", 1.15)
+    parts["search"].use_language_model(lm, weight, temperature)

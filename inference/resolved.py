@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from inference.files import NGRAM
 from inference.parts import CLASSES, FORMAT, MODEL, build
 from modules.errors import UserError
 
@@ -138,13 +139,14 @@ def read_configuration(resolved, use_lm):
             "beam_prune_logp": resolved.value("beam_prune_logp"),
             "token_prune_min_logp": resolved.value("token_prune_min_logp"),
         }
-    if not resolved.value("no_lm") and use_lm:
-        if "decoder" not in order:
-            raise UserError(
-                "the test stage searches with an n-gram model (no_lm is False), which a package "
-                "cannot hold; give --no-lm to package the acoustic model alone"
-            )
+    if resolved.value("no_lm") or not use_lm:
+        return config
+    config["lm_weight"] = resolved.value("lm_weight")
+    if "decoder" in order:
         parts["language_model"] = resolved.value("make_lm")
-        config["lm_weight"] = resolved.value("lm_weight")
         config["lm_temperature"] = resolved.value("temperature_lm")
+    else:
+        config["ngram"] = NGRAM
+        if "word_bonus" in resolved:
+            parts["search"]["beta"] = resolved.value("word_bonus")
     return config

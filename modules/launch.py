@@ -40,16 +40,17 @@ HPARAMS files here: {available}
 """
 
 
-def run(main, script, example):
+def run(main, script, example, text=HELP):
     """Call `main(argv)`; print a `UserError` without a stack trace and exit with status 2.
 
-    Status 75 tells that a signal ended the run and the same command goes on.
+    Without arguments the help `text` is shown. Status 75 tells that a signal ended the run and the
+    same command goes on.
     """
     try:
         argv = sys.argv[1:]
         if not argv or argv[0] in ("-h", "--help"):
             available = ", ".join(sorted(str(p) for p in Path("hparams").glob("*/*.yaml")))
-            print(HELP.format(script=script, example=example, available=available or "none"))
+            print(text.format(script=script, example=example, available=available or "none"))
             sys.exit(0 if argv else 2)
         main(argv)
     except UserError as error:

@@ -10,7 +10,6 @@ from speechbrain.dataio.batch import PaddedData
 from modules.errors import UserError
 from modules.lengths import absolute
 from modules.nonfinite import FiniteBrain
-from modules.waveforms import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +134,7 @@ def part_of(batch, rows):
     features = public.pop("features", None)
     for name in ("unread", "lost"):
         public.pop(name, None)
-    part = Batch([{k: row_of(v, i) for k, v in public.items()} for i in rows])
+    part = type(batch)([{k: row_of(v, i) for k, v in public.items()} for i in rows])
     if features is not None:
         x, lengths = features
         views = len(x) // len(batch)

@@ -237,5 +237,7 @@ class FiniteBrain(sb.Brain):
 
 def suspects(batch):
     """The ids of a batch's utterances whose audio is not finite; when there are none, all."""
+    if not hasattr(batch, "sig"):  # text
+        return batch.id
     finite = batch.sig.data.isfinite().all(dim=1).tolist()
     return [i for i, good in zip(batch.id, finite, strict=True) if not good] or batch.id

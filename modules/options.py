@@ -37,7 +37,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 POSITIVE = (
     "number_of_epochs batch_size test_batch_size avg_checkpoints grad_accumulation_factor "
     "max_batch_length_train max_batch_length_val max_batch_ex num_buckets n_warmup_steps "
-    "max_nonfinite_steps shard_streams shard_window "
+    "max_nonfinite_steps shard_streams shard_window max_batch_tokens max_tokens num_layers "
     "d_model num_encoder_layers num_decoder_layers d_ffn d_state expand d_conv nhead kernel_size "
     "cnn_channels_1 cnn_channels_2 output_neurons valid_search_interval valid_beam_size "
     "test_beam_size sample_rate n_fft win_length hop_length n_mels"

@@ -15,12 +15,17 @@ from modules.mixing import times_per_epoch
 
 def run_recipe(argv, brain_class, dataio_prepare):
     """Run a recipe from its command line."""
+    locked(argv, lambda *started: run(*started, brain_class, dataio_prepare))
+
+
+def locked(argv, run):
+    """Read a command line and call `run` with what `launch.start` gives, in a locked folder."""
     path, hparams, run_opts, overrides = launch.start(argv)
     lock = FolderLock(hparams["output_folder"])
     if not hparams["skip_train"]:  # an evaluation writes no checkpoints
         launch.on_main(lock.acquire)
     try:
-        run(path, hparams, run_opts, overrides, brain_class, dataio_prepare)
+        run(path, hparams, run_opts, overrides)
     finally:
         lock.release()
 

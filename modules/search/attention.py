@@ -8,7 +8,7 @@ from modules.decoder import select_hypotheses
 from modules.lengths import zero_padding
 from modules.search import graph
 from modules.search.beams import Beams
-from modules.search.language import PrefixLanguageModel
+from modules.search.language import start_language_model
 from modules.search.prefix import CTCPrefixScorer
 from modules.search.step import TokenStep
 
@@ -99,7 +99,7 @@ class JointBeamSearch(nn.Module):
     def use_language_model(self, lm, weight, temperature=1.0):
         """Add a language model over the same tokens, in place of an earlier one.
 
-        lm: SpeechBrain's `TransformerLM`, tokens (B, U) -> logits (B, U, V), put in eval mode here.
+        lm: tokens (B, U) -> logits (B, U, V), as `start_language_model` takes it; put in eval mode.
         Its log-probabilities, of logits divided by `temperature`, count `weight` times.
         """
         self.language_model = lm.eval()
@@ -156,8 +156,8 @@ class JointBeamSearch(nn.Module):
         ctc = self.start_ctc(memory, lengths) if self.ctc_weight else None
         language_model = None
         if self.language_model is not None:
-            language_model = PrefixLanguageModel(
-                self.language_model, self.lm_weight, self.lm_temperature
+            language_model = start_language_model(
+                self.language_model, self.lm_weight, self.lm_temperature, len(rows)
             )
         return TokenStep(self, beams, state, ctc, language_model, fewest[rows], most[rows])
 

@@ -7,6 +7,7 @@ from speechbrain.decoders.ctc import CTCBeamSearcher, filter_ctc_output
 
 from modules.errors import UserError
 from modules.search.ctc_beam import ctc_beam
+from modules.search.ngram import WordScorer
 
 
 def ctc_greedy(log_probs, lengths, blank_index=0, forbidden=(1, 2)):
@@ -46,7 +47,8 @@ class CTCSearch:
         Drop hypotheses this far under the best one; of each frame read only its best token and
         those above this natural log-probability.
     kenlm_model_path : str or None
-        Word n-gram, .arpa or .bin. UserError if it, kenlm or pygtrie is missing.
+        Word n-gram, .arpa or .bin. UserError if it is missing, or a .bin without KenLM. An .arpa
+        is read in Python where KenLM is not installed.
     alpha, beta : float
         Weight of the n-gram and bonus a word.
     blank_index : int
@@ -75,14 +77,13 @@ class CTCSearch:
         self.searcher = None
         if kenlm_model_path is not None:
             check_kenlm(kenlm_model_path)
+            weights = {"alpha": alpha, "beta": beta}
+            known = None if kenlm_missing() else kenlm_model_path
             self.searcher = CTCBeamSearcher(
-                blank_index,
-                self.labels,
-                kenlm_model_path=kenlm_model_path,
-                alpha=alpha,
-                beta=beta,
-                **self.pruning,
+                blank_index, self.labels, kenlm_model_path=known, **weights, **self.pruning
             )
+            if known is None:
+                self.searcher.lm = WordScorer(kenlm_model_path, **weights)
 
     def __call__(self, log_probs, lengths):
         """log_probs (B, T, V), lengths (B,) in frames -> B texts, words one space apart.
@@ -104,13 +105,18 @@ class CTCSearch:
         return [" ".join(text.split()) for text in texts]
 
 
+def kenlm_missing():
+    """The packages that SpeechBrain reads n-grams with and that are not installed."""
+    return [name for name in ("kenlm", "pygtrie") if find_spec(name) is None]
+
+
 def check_kenlm(path):
-    """UserError unless the n-gram file and the packages that read it are there."""
-    missing = [name for name in ("kenlm", "pygtrie") if find_spec(name) is None]
-    if missing:
+    """UserError unless the n-gram file is there, and what reads it."""
+    missing = kenlm_missing()
+    if missing and Path(path).suffix != ".arpa":
         raise UserError(
             f"kenlm_model_path={path} needs {' and '.join(missing)}; "
-            f"run `pip install {' '.join(missing)}`, or leave kenlm_model_path out"
+            f"run `pip install {' '.join(missing)}`, or give an .arpa file"
         )
     if not Path(path).is_file():
         raise UserError(f"kenlm_model_path={path} is no file; give an .arpa or .bin n-gram")

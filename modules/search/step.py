@@ -19,7 +19,7 @@ class TokenStep:
     beams : modules.search.beams.Beams
     state : the decoder's, of every hypothesis
     ctc : modules.search.prefix.CTCPrefixScorer or None
-    language_model : modules.search.language.PrefixLanguageModel or None
+    language_model : what modules.search.language.start_language_model returns, or None
     fewest, most : (B x beam,) int
         Limits of the number of tokens, eos not counted.
     """

@@ -116,11 +116,13 @@ def test_missing_ngram_package_and_file_are_user_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "modules.search.ctc.find_spec", lambda name: None if name == "kenlm" else name
     )
-    with pytest.raises(UserError, match="pip install kenlm"):
-        CTCSearch(LABELS, kenlm_model_path=str(tmp_path / "no.arpa"))
-    monkeypatch.setattr("modules.search.ctc.find_spec", lambda name: name)
+    with pytest.raises(UserError, match=r"pip install kenlm`, or give an \.arpa"):
+        CTCSearch(LABELS, kenlm_model_path=str(tmp_path / "no.bin"))
     with pytest.raises(UserError, match=r"no\.arpa is no file"):
         CTCSearch(LABELS, kenlm_model_path=str(tmp_path / "no.arpa"))
+    (tmp_path / "bad.arpa").write_text("words, and no numbers")
+    with pytest.raises(UserError, match=r"bad\.arpa is no ARPA file"):
+        CTCSearch(LABELS, kenlm_model_path=str(tmp_path / "bad.arpa"))
 
 
 ARPA = """\\data\\
@@ -143,8 +145,6 @@ ngram 2=2
 
 
 def test_an_ngram_decides_between_like_words(tmp_path):
-    pytest.importorskip("kenlm")
-    pytest.importorskip("pygtrie")
     path = tmp_path / "bigram.arpa"
     path.write_text(ARPA)
     frames = frames_of("SEE").exp()

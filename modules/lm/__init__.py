@@ -1,0 +1,1 @@
+"""Language models: text, n-grams, networks over subword units."""

@@ -1,0 +1,67 @@
+"""Sentences from text files, transcripts and folders in LibriSpeech layout."""
+
+import gzip
+import re
+from pathlib import Path
+
+from modules.errors import UserError
+
+# <speaker>-<chapter>-<utterance> before a transcript.
+IDENTIFIER = re.compile(r"[^\s-]+-[^\s-]+-\d+(\s+|$)")
+
+
+def read_sentences(paths, key):
+    """Yield the sentences of files and folders, words one space apart, empty ones left out.
+
+    A file has a sentence a line, or is all `<speaker>-<chapter>-<utterance> TRANSCRIPT` lines; it
+    may be gzipped. A folder is read for its `*.trans.txt`, or where there are none its `*.txt`.
+    UserError, which names the option `key`, for what is missing, empty or no UTF-8.
+    """
+    for path in paths:
+        found = False
+        for file in files_of(Path(path), key):
+            for sentence in sentences_of(file, key):
+                found = True
+                yield sentence
+        if not found:
+            raise UserError(f"{key}={path} holds no sentence; give text, a sentence a line")
+
+
+def files_of(path, key):
+    """The text files that a path stands for."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{key}={path} is neither file nor folder; give text, a sentence a line")
+    for pattern in ("*.trans.txt", "*.txt"):
+        if found := sorted(path.rglob(pattern)):
+            return found
+    raise UserError(f"{key}={path} holds no *.trans.txt and no *.txt; give text, a sentence a line")
+
+
+def sentences_of(file, key):
+    """One file's sentences, without the transcripts' identifiers where all lines have one."""
+    identified = all(IDENTIFIER.match(line) for line in lines_of(file, key))
+    for line in lines_of(file, key):
+        words = line.split()[1:] if identified else line.split()
+        if words:
+            yield " ".join(words)
+
+
+def lines_of(file, key):
+    """The lines that hold anything; UserError naming the first that is no UTF-8."""
+    opener = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opener(file, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    raise UserError(
+                        f"{key}={file}, line {number} is no UTF-8; convert the file, for instance "
+                        f"by `iconv -f latin1 -t utf-8 {file}`"
+                    ) from None
+                if text.strip():
+                    yield text
+    except (OSError, EOFError) as error:
+        raise UserError(f"{key}={file} cannot be read: {error}") from None

@@ -1,0 +1,75 @@
+"""A CTC run's word n-gram: in the test stage, in the package, and in transcribing."""
+
+import shutil
+
+import pytest
+
+from inference import Recognizer
+from inference.package import package
+from modules.errors import UserError
+from modules.lm import ngram
+from tests.recipes import runs
+from tests.recipes.packages import RECIPES, trained
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The test stage of a trained model with an n-gram: (its folder, the n-gram)."""
+    folder = tmp_path_factory.mktemp("ngram")
+    arpa = folder / "made" / "2-gram.arpa"
+    text = ["--order", "2", "--tool", "python", "--output", str(arpa)]
+    (folder / "text.txt").write_text("CAB DEAF FACE\nBED ABE CAB\n")  # and no BEAD
+    ngram.main([str(folder / "text.txt"), *text])
+    options = {"kenlm_model_path": arpa, "no_lm": False, "lm_weight": 4.0, "word_bonus": 0.5}
+    options |= {"token_prune_min_logp": -6, "d_model": 32, "resume": trained("ctc")[0]}
+    runs.train(RECIPES["ctc"], folder / "run", skip_train=True, **options)
+    return folder / "run", arpa
+
+
+def texts(run):
+    """The test stage's: {utterance: text}."""
+    found = {}
+    for path in run.glob("wer_test-*.txt"):
+        lines = path.read_text().splitlines()
+        for i, line in enumerate(lines):
+            if ", %WER" in line and i + 3 < len(lines):
+                said = [w.strip() for w in lines[i + 3].split(";")]
+                found[line.partition(",")[0]] = " ".join(w for w in said if w != "<eps>")
+    return found
+
+
+def test_the_package_transcribes_as_the_test_stage(run, tmp_path):
+    folder, arpa = run
+    made = package(folder, tmp_path / "package")
+    assert (made / "n-gram.arpa").read_bytes() == arpa.read_bytes()
+    assert "| language model | word n-gram |" in (made / "README.md").read_text()
+    moved = tmp_path / "moved"
+    shutil.move(made, moved)
+    expected = texts(folder)
+    assert len(expected) == 8 and expected != texts(trained("ctc")[0])
+    found = {}
+    recognizer = Recognizer.from_folder(moved, device="cpu")
+    for path in runs.corpus().rglob("*.flac"):
+        if path.stem in expected:
+            found[path.stem] = recognizer.transcribe(path).text
+    assert found == expected
+    scorer = recognizer.search.searcher.lm
+    assert (scorer.alpha, scorer.beta) == (4.0, 0.5)
+    other = Recognizer.from_folder(moved, device="cpu", lm_weight=0.1).search.searcher.lm
+    assert other.alpha == 0.1
+    (moved / "n-gram.arpa").unlink()
+    with pytest.raises(UserError, match=r"n-gram\.arpa is missing"):
+        Recognizer.from_folder(moved, device="cpu")
+
+
+def test_what_cannot_be_packaged(run, tmp_path):
+    folder, arpa = run
+    copied = tmp_path / "run"
+    shutil.copytree(folder, copied)
+    yaml = (copied / "hyperparams.yaml").read_text()
+    for name, message in (("a.bin", "a package holds an .arpa"), ("a.arpa", "is missing")):
+        (copied / "hyperparams.yaml").write_text(yaml.replace(str(arpa), name))
+        with pytest.raises(UserError, match=message):
+            package(copied, tmp_path / "package")
+    without = package(copied, tmp_path / "without", use_lm=False)
+    assert Recognizer.from_folder(without, device="cpu").search.searcher is None
