@@ -102,7 +102,7 @@ def write_results(results, path=RESULTS):
 def layout(value, depth=0):
     """JSON with what fits on a line on one line."""
     short = json.dumps(value, ensure_ascii=False)
-    if (depth > 1 and len(short) + 2 * depth <= 220 and "commands" not in short) or not isinstance(
+    if (depth > 1 and len(short) + 2 * depth <= 400 and "commands" not in short) or not isinstance(
         value, list | dict
     ):
         return short

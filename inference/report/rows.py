@@ -236,3 +236,7 @@ def command(name, runs, entries, arguments):
             f"  {b}\ngive only seeds of one, or --command"
         )
     return next(iter(found))
+
+
+if __name__ == "__main__":
+    main()
