@@ -141,7 +141,7 @@ def differences(shipped, resolved):
 
 def nodes(text):
     """{top-level key: node}."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     if not isinstance(root, yaml.MappingNode):
         raise UserError("a recipe holds no keys; give the file that training wrote")
     return {key.value: node for key, node in root.value}

@@ -71,10 +71,7 @@ def compare(row, seed, rates):
             now = rates.get(test_set, {}).get(metric)
             name = f"seed {seed}, {test_set} {metric}"
             if now is None:
-                yield (
-                    f"{name}: written {written[metric]:.2f}; the rerun has no such test set",
-                    False,
-                )
+                yield f"{name}: written {written[metric]:.2f}; the rerun has none", False
                 continue
             of_seeds = [r["test"][test_set][metric] for r in row["runs"] if test_set in r["test"]]
             limits, what = written.get(f"{metric}_interval"), "the 95 % interval"
