@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from inference.report.folder import Run, same_utterances
+from inference.report.folder import runs_of, same_utterances
 from inference.report.render import FORMATS, report
 from modules.errors import UserError
 
@@ -16,7 +16,8 @@ examples:
   python -m inference.report results/ours/* --against results/baseline/* --format md
   python -m inference.report results/CTC/conmamba_small/* --figures figures/curves
 
-Several folders are runs of one configuration, seeds for instance: the mean over them is given.
+Several folders are runs of one configuration, seeds for instance: the mean over them is given. A
+folder that holds such folders stands for them.
 Intervals are 95 % by bootstrap, 10,000 resamples of the utterances and, where there are several,
 of the runs: a new training gives another rate. With --against every resample has the same
 utterances on both sides; an interval of the difference without 0 is what tells models apart.
@@ -57,8 +58,7 @@ def main():
 def run(arguments):
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top} must be at least 1")
-    runs = [Run(folder) for folder in arguments.folders]
-    others = [Run(folder) for folder in arguments.against]
+    runs, others = runs_of(arguments.folders), runs_of(arguments.against)
     names = arguments.test_set or list(runs[0].test_sets)
     for i, name in enumerate(names):
         found = same_utterances([*runs, *others], name)

@@ -98,6 +98,27 @@ class Run:
         return {n: sum(v) / len(v) for n, v in values.items()}
 
 
+def runs_of(folders):
+    """Runs of folders, each a run or a folder of runs."""
+    found = []
+    for folder in map(Path, folders):
+        if not is_run(folder) and folder.is_dir():
+            inside = sorted((p for p in folder.iterdir() if is_run(p)), key=natural)
+            found += [Run(p) for p in inside] or [Run(folder)]
+        else:
+            found.append(Run(folder))
+    return found
+
+
+def is_run(folder):
+    names = ("hyperparams.yaml", "train_log.txt", "summary.txt")
+    return any((folder / name).is_file() for name in names) or any(folder.glob("wer_*.txt"))
+
+
+def natural(path):
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
 def read_log(text):
     """Lines 'epoch: 1, lr: 1.0e-3 - train loss: 2.0 - valid WER: 90.1', and those of test sets.
 

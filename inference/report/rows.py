@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from inference.report.commands import command_of
-from inference.report.folder import Run, same_utterances
+from inference.report.folder import runs_of, same_utterances
 from inference.report.rates import character_counts, difference, estimate, word_counts
 from inference.report.results import RESULTS, ROOT, put_row, read_results, write_results
 from modules.errors import UserError
@@ -52,6 +52,9 @@ def parser():
     p.add_argument("--command", metavar="TEXT", help="with {data}, {seed} and {output}")
     p.add_argument("--before", action="append", default=[], metavar="TEXT", help="run before it")
     p.add_argument("--replace", action="append", default=[], metavar="OLD=NEW", help="in commands")
+    p.add_argument(
+        "--figure", metavar="CORPUS:MODEL", help="draw it in figures/results.svg, as that"
+    )
     p.add_argument("--note", metavar="TEXT", help="a sentence for the table")
     p.add_argument("--add", action="store_true", help="put it into the file, not on stdout")
     p.add_argument("--results", default=RESULTS, metavar="FILE", help="(docs/results.json)")
@@ -72,9 +75,11 @@ def run(arguments):
     """Make the rows; returns how many could not be made."""
     if arguments.each == (arguments.name is not None):
         raise UserError("give --name for one row, or --each for one a folder")
+    if arguments.figure and ":" not in arguments.figure:
+        raise UserError(f"--figure {arguments.figure} must be CORPUS:MODEL, digits:ConMamba say")
     if wrong := [text for text in arguments.replace if "=" not in text]:
         raise UserError(f"--replace {wrong[0]} must be OLD=NEW")
-    others = expand(arguments.against)
+    others = runs_of(arguments.against)
     groups = {arguments.name: arguments.folders}
     if arguments.each:
         groups = {Path(folder).resolve().name: [folder] for folder in arguments.folders}
@@ -84,7 +89,7 @@ def run(arguments):
     failed = 0
     for name, folders in groups.items():
         try:
-            row = row_of(name, expand(folders), others, arguments)
+            row = row_of(name, runs_of(folders), others, arguments)
         except UserError as error:
             if not arguments.each:
                 raise
@@ -99,27 +104,6 @@ def run(arguments):
         write_results(results, arguments.results)
         print(f"wrote {len(groups) - failed} rows to {arguments.results}")
     return failed
-
-
-def expand(folders):
-    """Runs of folders, each a run or a folder of runs."""
-    found = []
-    for folder in map(Path, folders):
-        if not is_run(folder) and folder.is_dir():
-            inside = sorted((p for p in folder.iterdir() if is_run(p)), key=natural)
-            found += [Run(p) for p in inside] or [Run(folder)]
-        else:
-            found.append(Run(folder))
-    return found
-
-
-def is_run(folder):
-    names = ("hyperparams.yaml", "train_log.txt", "summary.txt")
-    return any((folder / name).is_file() for name in names) or any(folder.glob("wer_*.txt"))
-
-
-def natural(path):
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def row_of(name, runs, others, arguments):
@@ -149,6 +133,8 @@ def row_of(name, runs, others, arguments):
                 of_set[metric] = {"difference": value, "interval": low_high}
     if against:
         row["against"] = against
+    if arguments.figure:
+        row["figure"] = dict(zip(("corpus", "model"), arguments.figure.split(":", 1), strict=True))
     if arguments.note:
         row["note"] = arguments.note
     return row

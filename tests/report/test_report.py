@@ -34,7 +34,7 @@ def call(monkeypatch, capsys, *words):
 
 def test_seeds_against_others(folders, monkeypatch, capsys):
     ours, theirs = folders
-    _, out, _ = call(monkeypatch, capsys, *ours, "--against", *theirs, "--format", "json")
+    _, out, _ = call(monkeypatch, capsys, ours[0].parent, "--against", *theirs, "--format", "json")
     found = json.loads(out)
     rates = found["rates"]
     heads = [re.match(r"%WER (\S+)", (f / "wer_test-clean.txt").read_text())[1] for f in ours]

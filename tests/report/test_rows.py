@@ -87,12 +87,15 @@ def test_the_summary_tells_more(tmp_path):
             "--data_folder=/a/digits --seed 1 --output_folder out --compile\n"
             "commit       1234567\nhardware     NVIDIA H200\ntime         3.5 min\n"
         )
-    args = script.parser().parse_args([str(folder), "--table", "t", "--name", "n"])
+    args = script.parser().parse_args(
+        [str(folder), "--table", "t", "--name", "n", "--figure", "digits:New"]
+    )
     row = script.row_of("n", [Run(folder)], [], args)
     assert row["commands"] == [
         "python train_CTC.py hparams/CTC/conmamba_small.yaml --data_folder {data}/digits "
         "--seed {seed} --output_folder {output} --compile"
     ]
+    assert row["figure"] == {"corpus": "digits", "model": "New"}
     (run,) = row["runs"]
     assert [run[k] for k in ("commit", "hardware", "minutes")] == ["1234567", "NVIDIA H200", 3.5]
     # That of an evaluation says nothing of the training.
@@ -145,6 +148,7 @@ def test_mistakes_have_a_line(tmp_path, monkeypatch, capsys):
         ([one, two, "--name", "n"], "a seed is there twice: 1, 1"),
         ([one, other, "--name", "n"], "are no seeds of one configuration"),
         ([bare, "--name", "n"], "does not tell its seed"),
+        ([one, "--name", "n", "--figure", "x"], "--figure x must be CORPUS:MODEL"),
         ([one, "--name", "n", "--replace", "x"], "--replace x must be OLD=NEW"),
         ([one, "--name", "n", "--command", "python x.py"], "--command must hold {output}"),
     ):
