@@ -46,9 +46,9 @@ def parser():
     p.add_argument("--each", action="store_true", help="a row a folder, named as the folder")
     p.add_argument("--against", nargs="+", metavar="OTHER", default=[], help="a baseline's runs")
     p.add_argument("--test-set", action="append", metavar="NAME", help="one alone (all of them)")
-    p.add_argument("--commit", help="where the runs do not tell it")
-    p.add_argument("--hardware", metavar="TEXT", help="'NVIDIA H200', where they do not tell it")
-    p.add_argument("--minutes", type=float, metavar="M", help="of a run, where they do not tell")
+    p.add_argument("--commit", help="in place of what the runs tell")
+    p.add_argument("--hardware", metavar="TEXT", help="'NVIDIA H200', in place of what they tell")
+    p.add_argument("--minutes", type=float, metavar="M", help="of a run, in place of what it tells")
     p.add_argument("--command", metavar="TEXT", help="with {data}, {seed} and {output}")
     p.add_argument("--before", action="append", default=[], metavar="TEXT", help="run before it")
     p.add_argument("--replace", action="append", default=[], metavar="OLD=NEW", help="in commands")
@@ -157,13 +157,13 @@ def run_entry(run, test_sets, arguments):
     if not dev:
         warn(run, "no dev rates: train_log.txt or avg_checkpoints of hyperparams.yaml is missing")
     minutes = re.fullmatch(r"([\d.]+) min", run.summary.get("time", ""))
-    minutes = float(minutes[1]) if minutes else arguments.minutes
+    minutes = float(minutes[1]) if minutes else None
     entry = {
         "seed": seed_of(run),
         "commit": arguments.commit or run.summary.get("commit") or commit(),
-        "hardware": run.summary.get("hardware") or arguments.hardware,
+        "hardware": arguments.hardware or run.summary.get("hardware"),
         "steps": run.steps,
-        "minutes": minutes,
+        "minutes": minutes if arguments.minutes is None else arguments.minutes,
         # Accuracies are logged as parts of one, rates in percent.
         "dev": {k: round(100 * v if k == "ACC" else v, 2) for k, v in dev.items()},
         "test": sets,
