@@ -14,10 +14,11 @@ from hyperpyyaml import load_hyperpyyaml
 from matplotlib.patches import FancyBboxPatch
 from torch import nn
 
+from figures.style import FAINT, INK
+
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "hparams/S2S/conmambamamba_small.yaml"
 SECONDS = 10  # of the utterance whose shapes are shown
-INK, FAINT = "#1f2933", "#616e7c"
 STEP = 2.3  # from one line of text to the next
 COLOURS = {  # fill, edge
     "signal": ("#f1f4f8", "#9aa5b1"),
@@ -27,6 +28,8 @@ COLOURS = {  # fill, edge
     "head": ("#eadcf7", "#8756c4"),
     "norm": ("#ffffff", "#9aa5b1"),
 }
+
+
 # ---- Reading the code ----
 
 

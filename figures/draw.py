@@ -10,34 +10,33 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from figures.architecture import INK, draw_architecture  # noqa: E402
+from figures.architecture import draw_architecture  # noqa: E402
 from figures.performance import draw_decoding, draw_lengths  # noqa: E402
+from figures.style import save, styled  # noqa: E402
 
-STYLE = {
-    "svg.fonttype": "none",  # text stays text: small, searchable, and testable
-    "svg.hashsalt": "mamba-asr",  # the same ids at every drawing
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
-    "font.size": 9,
-    "text.color": INK,
-    "savefig.dpi": 110,
-    "savefig.facecolor": "white",
-}
+
+def points(results):
+    """docs/results.json -> what is drawn of it: a point a seed of the rows that have a `figure`."""
+    return [
+        {**row["figure"], "test_set": name, "seed": run["seed"], "wer": rates["WER"],
+         "cer": rates.get("CER")}
+        for row in results["rows"]
+        if "figure" in row
+        for run in row["runs"]
+        for name, rates in run["test"].items()
+    ]  # fmt: skip
 
 
 def draw_results(results):
     """Error rates: bars are means over seeds, dots are the seeds.
 
-    results: a list of {"corpus", "test_set", "model", "seed", "wer", "cer"}, rates in percent.
+    results: what `points` gives, a list of {"corpus", "test_set", "model", "seed", "wer", "cer"},
+    rates in percent.
     """
     corpora = sorted({(r["corpus"], r["test_set"]) for r in results})
     models = sorted({r["model"] for r in results})
@@ -69,17 +68,11 @@ def draw_results(results):
 
 
 def read(path):
-    """The list in a JSON file; an empty one when it is missing."""
+    """A JSON file's content; None when it is missing."""
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     print(f"{path} is missing")
-    return []
-
-
-def save(figure, path):
-    """Write a figure without anything that changes from one drawing to the next."""
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
+    return None
 
 
 def main():
@@ -98,11 +91,11 @@ def main():
     results, performance = read(arguments.results), read(arguments.performance)
     figures = {
         "architecture": draw_architecture,
-        "results": lambda: draw_results(results) if results else None,
-        "lengths": lambda: draw_lengths(performance),
-        "decoding": lambda: draw_decoding(performance),
+        "results": lambda: draw_results(points(results)) if results else None,
+        "lengths": lambda: draw_lengths(performance or []),
+        "decoding": lambda: draw_decoding(performance or []),
     }
-    with plt.rc_context(STYLE):
+    with styled():
         for name, draw in figures.items():
             path = arguments.output / f"{name}.{arguments.format}"
             figure = draw()

@@ -37,7 +37,9 @@ def versions():
 
 
 def commit():
-    """The checkout's commit, with a mark when files differ from it."""
+    """The checkout's commit, with a mark when files differ from it; else what GIT_COMMIT says."""
+    if os.environ.get("GIT_COMMIT"):
+        return os.environ["GIT_COMMIT"]
     if shutil.which("git") is None:
         return "unknown (git is not installed)"
     command = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty"]
@@ -51,6 +53,15 @@ def memory_gib():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def hardware(device):
+    """What a device is: 'NVIDIA H200', or '2 CPU cores'."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        count = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        return (f"{count} x " if count > 1 else "") + torch.cuda.get_device_name(device)
+    return "Apple GPU" if device.type == "mps" else f"{cores()} CPU cores"
 
 
 def cores():

@@ -1,6 +1,10 @@
 """What both training scripts do, in order: prepare, train, evaluate, sum up."""
 
+import inspect
 import os
+import shlex
+import sys
+import time
 from pathlib import Path
 
 import speechbrain as sb
@@ -9,6 +13,7 @@ from speechbrain.utils.distributed import if_main_process
 
 from modules import launch
 from modules.data import eval_loader_options, hours, prepare_manifests, train_loader_options
+from modules.environment import commit, hardware
 from modules.lock import FolderLock
 from modules.mixing import times_per_epoch
 
@@ -32,6 +37,8 @@ def locked(argv, run):
 
 def run(path, hparams, run_opts, overrides, brain_class, dataio_prepare):
     """Run a recipe in an output folder of its own."""
+    started = time.monotonic()
+    continued = (Path(hparams["output_folder"]) / "train_log.txt").is_file()
     # Its log is wanted from here on, its copy of the YAML file once nothing can be amiss.
     sb.create_experiment_directory(hparams["output_folder"])
     prepare_manifests(hparams)
@@ -55,6 +62,7 @@ def run(path, hparams, run_opts, overrides, brain_class, dataio_prepare):
     brain.test(tests, lambda dataset: eval_loader_options(hparams, dataset))
     if if_main_process():
         text = summary(path, hparams, brain, train_hours, tests)
+        text += origin(brain, (time.monotonic() - started) / 60, continued)
         (Path(hparams["output_folder"]) / "summary.txt").write_text(text, encoding="utf-8")
         print(text)
 
@@ -98,4 +106,22 @@ def summary(path, hparams, brain, train_hours, tests):
         f"checkpoints  {hparams['save_folder']}",
         "",
     ]
+    return "\n".join(lines)
+
+
+def origin(brain, minutes, continued):
+    """What it takes to do it again, as lines: command, commit, hardware, time.
+
+    continued: whether an earlier process began, whose time is not known.
+    """
+    lines = [
+        f"commit       {commit()}",
+        f"hardware     {hardware(brain.device)}",
+        f"time         {minutes:.1f} min" + (" since it went on" if continued else ""),
+        "",
+    ]
+    # Not when another program calls: its command line is not the recipe's.
+    if Path(sys.argv[0]).name == Path(inspect.getfile(type(brain))).name:
+        words = ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
+        lines.insert(0, f"command      {shlex.join(words)}")
     return "\n".join(lines)

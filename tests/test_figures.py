@@ -13,11 +13,21 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "hparams/S2S/conmambamamba_small.yaml"
-RESULTS = [
-    {"corpus": "alpha", "model": "A", "seed": 1, "test_set": "t", "wer": 10.0, "cer": 4.0},
-    {"corpus": "alpha", "model": "A", "seed": 2, "test_set": "t", "wer": 14.0, "cer": 5.0},
-    {"corpus": "alpha", "model": "B", "seed": 1, "test_set": "t", "wer": 20.0, "cer": None},
-]
+
+
+def row(model, *rates):
+    """A row of docs/results.json with a seed for each (WER, CER)."""
+    runs = [{"seed": i, "test": {"t": rate}} for i, rate in enumerate(rates)]
+    return {"figure": {"corpus": "alpha", "model": model}, "runs": runs}
+
+
+RESULTS = {
+    "rows": [
+        row("A", {"WER": 10.0, "CER": 4.0}, {"WER": 14.0, "CER": 5.0}),
+        row("B", {"WER": 20.0}),
+        {"name": "not drawn", "runs": [{"seed": 1, "test": {"t": {"WER": 99.0}}}]},
+    ]
+}
 
 
 def draw(folder, results):
@@ -70,6 +80,7 @@ def test_results_show_means(drawn):
     text = texts(drawn / "results.svg")
     for word in ("alpha", "A", "B", "12.0", "20.0", "4.5", "WER %", "CER %"):
         assert word in text
+    assert "99.0" not in text
 
 
 def test_drawing_again_changes_nothing(drawn, tmp_path):

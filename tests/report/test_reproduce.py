@@ -1,0 +1,150 @@
+"""docs/results.json: what it shows, and that its rows run: reproduce.py on a run of its own."""
+
+import json
+import shlex
+import sys
+
+import pytest
+
+import reproduce as script
+from inference.report import rows
+from inference.report.folder import Run
+from inference.report.rerun import compare, filled
+from inference.report.results import put_row, read_results, write_results
+from inference.report.tables import markdown, shared_options, write_tables
+from modules.errors import UserError
+from tests.recipes import runs
+from tests.recipes.packages import trained
+from tests.test_docs import faults
+
+RESULTS = read_results()
+
+
+def call(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    return end.value.code
+
+
+# ---- The page ----
+
+
+def test_the_page_is_current(monkeypatch, capsys):
+    assert call(monkeypatch, "--check-docs") == 0, "run python reproduce.py --write-docs"
+
+
+@pytest.mark.parametrize("row", RESULTS["rows"], ids=lambda r: f"{r['table']}-{r['name']}")
+def test_every_command_names_what_exists(row):
+    for run in row["runs"]:
+        for words in filled(row, run["seed"], "data", "out"):
+            assert not faults(words)
+            assert not any("{" in word and "}" in word and ":" not in word for word in words)
+
+
+def test_a_table_without_a_place_is_named():
+    more = {**RESULTS, "tables": [*RESULTS["tables"], {"name": "new", "test_sets": []}]}
+    page = script.PAGE.read_text()
+    with pytest.raises(UserError, match="no place for new; add\n<!-- table new: "):
+        write_tables(page, more)
+
+
+def test_a_table_shows_means_intervals_and_each_seed():
+    def row(name, option, rates, **more):
+        commands = [f"python train_CTC.py h.yaml --output_folder {{output}} --a 1{option}"]
+        found = [
+            {"seed": i, "commit": "c", "hardware": "H", "steps": 1000, "minutes": 2.5,
+             "dev": {"WER": r + 1}, "test": {"t": {"WER": r, "CER": r / 2}}}
+            for i, r in enumerate(rates)
+        ]  # fmt: skip
+        return {"table": "x", "name": name, "commands": commands, "runs": found, **more}
+
+    against = {"t": {"WER": {"difference": -4.0, "interval": [-6.0, -2.0]}}}
+    results = {
+        "tables": [{"name": "x", "title": "X", "test_sets": ["t"]}],
+        "rows": [
+            row("base", "", [20.0, 24.0]),
+            row("new", " --b 2", [18.0], intervals={"t": {"WER": [16.0, 20.5]}}, against=against),
+        ],
+    }
+    text = markdown(results, "x")
+    assert shared_options(results["rows"]) == [("--output_folder", "{output}"), ("--a", "1")]
+    assert "| 1. base | `train_CTC.py h.yaml` | 23.0 | **22.00**, 11.00 | - |" in text
+    assert "**18.00** [16.00, 20.50], 9.00 | -4.00 [-6.00, -2.00] | 0: 19.0, 18.00 / 9.00" in text
+    assert "`train_CTC.py h.yaml --b 2`" in text and "| 1,000 | 2.5 | c, H |" in text
+
+
+# ---- Running again ----
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A results.json with one row, of a run of this machine."""
+    path = tmp_path_factory.mktemp("results") / "results.json"
+    args = rows.parser().parse_args(["folder", "--table", "tones", "--name", "tones"])
+    row = rows.row_of("tones", [Run(trained("ctc")[0])], [], args)
+    results = {"tables": [], "rows": []}
+    put_row(results, row)
+    write_results(results, path)
+    return path
+
+
+def test_a_row_runs_again_and_agrees(written, tmp_path, monkeypatch, capfd):
+    (row,) = read_results(written)["rows"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = [
+        *("--results", written, "--table", "tones", "--row", 1, "--output", tmp_path),
+        *("--data_folder", runs.corpus(), "--", "--device", "cpu"),
+    ]
+    status = call(monkeypatch, *command)
+    out = capfd.readouterr().out
+    (run,) = row["runs"]
+    for name, rates in run["test"].items():
+        # The same code, seed and machine: the same rate.
+        text = f"seed {run['seed']}, {name} WER: {rates['WER']:.2f}, written {rates['WER']:.2f}; "
+        assert text + "within the 95 % interval" in out
+    assert status == 0 and "with --device cpu, which the row has not" in out
+
+
+def test_what_lies_outside_is_told(written):
+    (row,) = read_results(written)["rows"]
+    seed, test = row["runs"][0]["seed"], row["runs"][0]["test"]
+    low, high = test["test-a"]["WER_interval"]
+    rates = {name: {"WER": r["WER"], "CER": r["CER"]} for name, r in test.items()}
+    rates["test-a"]["WER"] = high + 0.1
+    told = list(compare(row, seed, rates))
+    assert [agrees for _, agrees in told].count(False) == 1
+    assert f"OUTSIDE the 95 % interval {low:.2f} to {high:.2f}" in told[0][0]
+    del test["test-b"]["WER_interval"], rates["test-a"]
+    told = dict(compare(row, seed, rates))
+    assert next(t for t, agrees in told.items() if agrees is False).endswith("has none")
+    assert next(t for t, agrees in told.items() if agrees is None).endswith("they agree")
+
+
+def test_dry_run_and_list_run_nothing(monkeypatch, capsys, tmp_path):
+    command = ("--table", "digits", "--row", 1, "--dry-run", "--output", tmp_path / "out")
+    assert call(monkeypatch, *command, "--data_folder", "/x/digits", "--seed", 3402) == 0
+    heading, line = capsys.readouterr().out.splitlines()
+    words = shlex.split(line)
+    assert heading.startswith("# digits, row 1: ")
+    assert words[words.index("--data_folder") + 1] == "/x/digits"
+    assert words[words.index("--output_folder") + 1] == str(tmp_path / "out/digits/1/3402")
+    assert words[words.index("--normalize") + 1] == "{norm_type: sentence}"
+    assert not (tmp_path / "out").exists()
+    assert call(monkeypatch, "--list") == 0
+    listed = capsys.readouterr().out
+    assert all(row["name"] in listed for row in RESULTS["rows"])
+
+
+def test_mistakes_have_a_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "bad.json").write_text(json.dumps({"tables": [], "rows": [{"table": "t"}]}))
+    for words, message in (
+        ([], "give --table NAME, --list or --write-docs"),
+        (["--table", "letters"], "there is no table 'letters'; there are digits"),
+        (["--table", "digits", "--row", 99], "--row 99: digits has rows 1 to"),
+        (["--table", "digits", "--row", 1, "--seed", 5], "--seed 5: row 1 has 3402"),
+        (["--results", tmp_path / "none.json", "--list"], "cannot be read"),
+        (["--results", tmp_path / "bad.json", "--list"], "is not as inference/report/results.py"),
+    ):
+        assert call(monkeypatch, *words) == 2
+        assert message in capsys.readouterr().err
