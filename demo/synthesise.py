@@ -33,7 +33,7 @@ from demo.texts import digit_strings, read_texts, repeated
 from modules.errors import UserError
 
 MARKER = "synthesis.json"  # in a split: which options made it
-VERSION = 1  # of what the same options make
+VERSION = 2  # of what the same options make
 MEGABYTES_PER_HOUR = 90
 
 
