@@ -14,10 +14,10 @@ ACCENTS = {
     "german": f"T>s D>z w>v V>a a>E 0>O oU>o: eI>e: O@>o: {DEVOICED}",
     "dutch": f"T>t D>d z>s g>k a>E V>a oU>o: eI>e: S>s {DEVOICED}",
     "french": f"T>s D>z h> I>i I2>i U>u V>a oU>o eI>e tS>S dZ>Z 3:>E {TRILLED}",
-    "spanish": f"T>t D>d z>s v>b S>tS I>i I2>i U>u V>a a>A @>e i:>i u:>u j>dZ {TRILLED}",
+    "spanish": f"T>t D>d z>s v>b S>tS I>i I2>i U>u V>a a>aa @>e i:>i u:>u j>dZ {TRILLED}",
     "italian": f"T>t D>d h> I>i I2>i U>u V>a @>e a>E 0>O oU>o eI>e {TRILLED}",
     "slavic": f"T>s D>z w>v h>x I>i a>E V>a 3:>E oU>o eI>e N>n {TRILLED} {DEVOICED}",
-    "indian": "T>t D>d w>v t>t. d>d. oU>o: eI>e: V>@ 3:>V z>s a>E r>R",
+    "indian": "T>t D>d w>v 0>A: 3>V oU>o: eI>e: V>@ 3:>V z>s a>E r>R",
     "nordic": "w>v z>s Z>S dZ>j T>t D>d V>O tS>S oU>u: z#>s",
     "asian": "T>s D>d r>l r->l v>w z>s d#>t b#>p g#>k Z>S I>i 0>O l#> @L>o",
 }

@@ -14,6 +14,7 @@ import numpy as np
 from demo import espeak
 from demo.readers import draw_readers
 from demo.sentences import sentence
+from modules.errors import UserError
 
 SAMPLE_RATE = 16000
 KNOTS = np.geomspace(80, 11025, 9)  # Hz, where a random frequency response is drawn
@@ -23,12 +24,25 @@ PASSBANDS = [(0, 3400), (0, 4000), (300, 3400), (200, 3800), (0, 5500), (100, 70
 
 @dataclass(frozen=True)
 class Conditions:
-    """Shares of the utterances with noise, a room and a band limit; noise from snr[0] dB up."""
+    """Shares of the utterances with noise, a room, a band limit; snr: lowest and highest, in dB."""
 
     noise: float = 0.7
     reverb: float = 0.5
     band_limit: float = 0.2
     snr: tuple[float, float] = (5.0, 40.0)
+
+    def check(self):
+        """UserError for what cannot be meant."""
+        for name in ("noise", "reverb", "band_limit"):
+            check_share(name, getattr(self, name))
+        if self.snr[0] > self.snr[1]:
+            raise UserError(f"snr={self.snr}: expected the lower ratio first, in dB")
+
+
+def check_share(name, share):
+    """UserError for what is no share of all."""
+    if not 0 <= share <= 1:
+        raise UserError(f"{name}={share} is a share of all, so between 0 and 1")
 
 
 class Place:

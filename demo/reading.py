@@ -70,7 +70,8 @@ def _read(text, reader, rng):
     )
     text = punctuate(text, rng)  # in lower case: capitals would be spelt as abbreviations
     if reader.rules:
-        text = pronounce(espeak.start().phonemes(text), reader.rules)
+        # Of an interjection such as "h" an accent may leave nothing.
+        text = pronounce(espeak.start().phonemes(text), reader.rules) or text
     return espeak.start().say(text)
 
 
@@ -80,7 +81,7 @@ def _dictate(text, reader, rng):
     while words:
         size = rng.choice([1, 1, 1, 2, 3])
         group, words = " ".join(words[:size]), words[size:]
-        spoken = _trim(_read(group, reader, rng))
+        spoken = _trim(_read(group, reader, rng), rng)
         parts.append(spoken * np.float32(10 ** (rng.normal(0, 2) / 20)))
         if words:
             pause = rng.uniform(0.06, 0.2) * espeak.start().sample_rate
@@ -88,6 +89,7 @@ def _dictate(text, reader, rng):
     return np.concatenate(parts)
 
 
-def _trim(speech):
-    loud = np.flatnonzero(np.abs(speech) > 0.01)
-    return speech[loud[0] : loud[-1] + 1] if len(loud) else speech
+def _trim(speech, rng):
+    """Cut off what is before and after a word, and of weak consonants some, as recorders do."""
+    loud = np.flatnonzero(np.abs(speech) > rng.uniform(0.01, 0.15) * np.abs(speech).max())
+    return speech[loud[0] : loud[-1] + 1]

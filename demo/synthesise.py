@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import soundfile as sf
@@ -23,7 +24,7 @@ if not __package__:  # run as a file: let it find its own package
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo import espeak
-from demo.acoustics import Conditions
+from demo.acoustics import Conditions, check_share
 from demo.plan import mean_seconds, share_out
 from demo.processes import map_in_processes
 from demo.readers import draw_readers
@@ -32,7 +33,7 @@ from demo.texts import digit_strings, read_texts, repeated
 from modules.errors import UserError
 
 MARKER = "synthesis.json"  # in a split: which options made it
-VERSION = 1  # of what the same options make
+VERSION = 2  # of what the same options make
 MEGABYTES_PER_HOUR = 90
 
 
@@ -65,11 +66,13 @@ def synthesise(
         "hours": hours,
         "speakers": speakers,
         "foreign": foreign,
-        "conditions": [conditions.noise, conditions.reverb, conditions.band_limit, *conditions.snr],
+        "conditions": {**asdict(conditions), "snr": list(conditions.snr)},
         "max_words": max_words,
         "seed": seed,
     }
-    _check(split, text, digits, config)
+    _check(split, text, digits, hours, speakers, max_words)
+    check_share("foreign", foreign)
+    conditions.check()
     output = Path(os.path.abspath(output))
     folder, partial = output / split, output / f"{split}.partial"
     if _is_made(folder, config):
@@ -118,25 +121,15 @@ def _length(chapter):
     return sum(sf.info(str(file)).duration for file in Path(chapter.folder).glob("*.flac"))
 
 
-def _check(split, text, digits, config):
+def _check(split, text, digits, hours, speakers, max_words):
     if (text is None) == (not digits):
         raise UserError("give either a text, --text FILE, or --digits")
     if not split or split != os.path.basename(split) or split.startswith("."):
         raise UserError(f"split={split!r} is no name of a folder; expected one such as synth-100")
-    if not 1 <= config["speakers"] <= 1000:
-        raise UserError(f"speakers={config['speakers']}: expected 1 to 1000")
-    if not config["hours"] > 0 or config["max_words"] < 1:
-        raise UserError(
-            f"hours={config['hours']}, max_words={config['max_words']}: expected more than 0"
-        )
-    shares = {"foreign": config["foreign"]}
-    shares |= zip(("noise", "reverb", "band-limit"), config["conditions"], strict=False)
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise UserError(f"{name}={share} is a share of all, so between 0 and 1")
-    low, high = config["conditions"][3:]
-    if low > high:
-        raise UserError(f"snr={low} {high}: expected the lower ratio first, in dB")
+    if not 1 <= speakers <= 1000:
+        raise UserError(f"speakers={speakers}: expected 1 to 1000")
+    if not hours > 0 or max_words < 1:
+        raise UserError(f"hours={hours}, max_words={max_words}: expected more than 0")
 
 
 def _digest(path):
@@ -152,14 +145,18 @@ def _is_made(folder, config):
     if not folder.exists():
         return False
     found = _marker(folder)
-    if found.get("config") != config and any(folder.iterdir()):
-        before = found.get("config") or {}
-        differ = [key for key in config if before.get(key) != config[key]]
-        reason = f"other options ({', '.join(differ)})" if before else "something else"
+    before = found.get("config")
+    if before == config:
+        return "hours" in found
+    if before and not any(path.is_dir() for path in folder.iterdir()):
+        (folder / MARKER).unlink()  # no chapter was said yet
+    elif any(folder.iterdir()):
+        differ = ", ".join(key for key in config if before and before.get(key) != config[key])
+        reason = f"other options ({differ})" if before else "something else"
         raise UserError(
             f"{folder} was made by {reason}; choose another --split, or remove that folder"
         )
-    return "hours" in found
+    return False
 
 
 def _check_disk(output, partial, hours):
@@ -212,7 +209,8 @@ def main(argv=None):
     args = _parser().parse_args(argv)
     options = vars(args)
     conditions = Conditions(
-        options.pop("noise"), options.pop("reverb"), options.pop("band_limit"), options.pop("snr")
+        *(options.pop(name) for name in ("noise", "reverb", "band_limit")),
+        tuple(options.pop("snr")),
     )
     began = time.monotonic()
     try:

@@ -195,7 +195,7 @@ def shuffled_batches(hparams, durations, chosen, rng):
         order = rng.sample(chosen, len(chosen))
         return pack(order, durations, most=hparams["batch_size"])
     # Not quite by length, so that the same are not always together.
-    about = [durations[i] * rng.uniform(0.95, 1.05) for i in chosen]
+    about = [durations[i] * rng.uniform(0.98, 1.02) for i in chosen]
     order = [i for _, i in sorted(zip(about, chosen, strict=True))]
     batches = pack(order, durations, hparams["max_batch_ex"], hparams["max_batch_length_train"])
     rng.shuffle(batches)

@@ -114,7 +114,9 @@ def test_splits_are_kept_or_refused(voice, tmp_path, capsys):
     assert "kept" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"made by other options \(hours\)"):
         synthesise(tmp_path, "a", **(options | {"hours": 0.02}))
-    synthesise(tmp_path, "b", **options)
+    with pytest.raises(UserError, match="more hours or fewer speakers"):
+        synthesise(tmp_path, "b", **(options | {"speakers": 30}))
+    synthesise(tmp_path, "b", **options)  # nothing had been said, so nothing is in the way
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.tex").touch()
     with pytest.raises(UserError, match="made by something else"):
@@ -136,7 +138,6 @@ def test_splits_are_kept_or_refused(voice, tmp_path, capsys):
         ({"digits": True, "foreign": 2}, "foreign=2"),
         ({"digits": True, "conditions": Conditions(reverb=-1)}, "reverb=-1"),
         ({"digits": True, "conditions": Conditions(snr=(9, 1))}, "lower ratio first"),
-        ({"digits": True, "hours": 0.001, "speakers": 30}, "more hours or fewer speakers"),
     ],
 )
 def test_impossible_options(voice, tmp_path, options, message):
@@ -159,8 +160,24 @@ def test_foreign_accents_are_heard(voice):
     german = accents.pronounce(phonemes, [("w", "v"), ("D", "z"), ("d#", "t"), ("h", "")])
     assert german.startswith("[[v|'E|l]], [[z|@2 s|'E|v|@|n")
     assert german.endswith("|'V|dZ|t z|,E|m]]")
-    names = {symbol for rules in accents.ACCENTS.values() for symbol in rules.split()}
-    assert all(symbol.count(">") == 1 for symbol in names)
+
+
+def test_every_accent_says_every_sound(voice):
+    """eSpeak drops what comes after a phoneme that it does not know."""
+    voice.set_voice("en-us", "m3", 160, 50, 50)
+    least = 0.85 * len(voice.say("[[m|'i:|m|m|'i:|m]]"))
+    rules = [rule.split(">") for text in accents.ACCENTS.values() for rule in text.split()]
+    for sound in {new for _, new in rules if new}:
+        assert len(voice.say(f"[[m|'i:|m|{sound}|m|'i:|m]]")) > least, sound
+    assert len(voice.say("[[m|'i:|m|d.|m|'i:|m]]")) < least
+    heard = voice.phonemes(
+        "the thin vision judged where hot thieves who bought yellow azure cups were, red "
+        "hotter gifts of wool sing about a chosen ruby fire, oil and good boats made of a little "
+        "big car are there on shore, or were there more, and these were the other pens's "
+        "robbed sloth's"
+    )
+    said = {p.strip(accents.STRESS) for clause in heard for w in clause for p in w.split("|")}
+    assert {old.rstrip("#") for old, _ in rules} <= said
 
 
 def test_readers_differ(voice):
