@@ -1,4 +1,4 @@
-"""Augmentations that SpeechBrain has not: other vocal tracts, other rooms, coloured noise.
+"""Augmentations that SpeechBrain has not, or not without recordings: rooms, coloured noise.
 
 All draw anew for every utterance; SpeechBrain's `Augmenter` runs them.
 """
@@ -7,49 +7,6 @@ import math
 
 import torch
 from torch import nn
-
-from modules.errors import UserError
-
-
-class VocalTractPerturb(nn.Module):
-    """Stretch the frequency axis of log-mel features (Jaitly & Hinton 2013, VTLP).
-
-    Arguments
-    ---------
-    warp : float
-        Frequencies are multiplied by a number from 1 - warp to 1 + warp; 0: left as they are.
-    sample_rate : int
-        Hz.
-    """
-
-    def __init__(self, warp, sample_rate=16000):
-        super().__init__()
-        if not 0 <= warp < 1:
-            raise UserError(f"vocal_tract_warp={warp} must be at least 0 and below 1")
-        self.warp, self.top = warp, mel(torch.tensor(sample_rate / 2)).item()
-
-    def forward(self, x):
-        """x (B, T, n_mels) -> (B, T, n_mels); past the highest band, that band again."""
-        if not self.warp:
-            return x
-        n_mels = x.shape[2]
-        factor = 1 + self.warp * (2 * torch.rand(len(x), 1, device=x.device) - 1)
-        # SpeechBrain's filters: n_mels + 2 points from 0 to half the rate, without the ends.
-        bands = torch.arange(1, n_mels + 1, device=x.device) * self.top / (n_mels + 1)
-        place = mel(hertz(bands) * factor) * (n_mels + 1) / self.top - 1
-        place = place.clamp(0, n_mels - 1)
-        low = place.floor().clamp(max=n_mels - 2)
-        share = (place - low).unsqueeze(1).to(x.dtype)
-        low = low.long().unsqueeze(1).expand_as(x)
-        return x.gather(2, low) * (1 - share) + x.gather(2, low + 1) * share
-
-
-def mel(hertz):
-    return 2595 * torch.log10(1 + hertz / 700)
-
-
-def hertz(mel):
-    return 700 * (10 ** (mel / 2595) - 1)
 
 
 class Reverberation(nn.Module):

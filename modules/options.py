@@ -42,6 +42,9 @@ POSITIVE = (
     "cnn_channels_1 cnn_channels_2 output_neurons valid_search_interval valid_beam_size "
     "test_beam_size sample_rate n_fft win_length hop_length n_mels"
 )
+SHARES = (
+    "dropout mixer_dropout drop_path inter_ctc_weight noise_probability reverberation_probability"
+)
 SECONDS = ("max_batch_length_train", "max_batch_length_val")  # may be fractions
 
 
@@ -192,6 +195,11 @@ def check_values(values, run_opts):
     for key in POSITIVE.split():
         if is_number(value := values.get(key, 1)) and value <= 0:
             raise UserError(f"{key}={value} must be positive")
+    for key in SHARES.split():
+        if is_number(value := values.get(key, 0)) and not 0 <= value <= 1:
+            raise UserError(f"{key}={value} must be from 0 to 1")
+    if "views" in values:
+        check_ctc_losses(values)
     if values["num_workers"] < 0:
         raise UserError(f"num_workers={values['num_workers']} must be 0 or more")
     if values["normalize_until_epoch"] < 2:
@@ -212,6 +220,24 @@ def check_values(values, run_opts):
             raise UserError(f"{key}=fp16 does not run on the CPU; use --{key} bf16 or fp32")
     for key in ("output_folder", "save_folder"):
         check_writable(key, Path(values[key]))
+
+
+def check_ctc_losses(values):
+    """UserError where what is to help the CTC loss does not fit together."""
+    views, weight = values["views"], values["consistency_weight"]
+    if views not in (1, 2):
+        raise UserError(f"views={views}: every utterance has 1 view in a batch, or 2")
+    if weight < 0 or (weight and views == 1):
+        raise UserError(
+            f"consistency_weight={weight} compares two views; give --views 2 and a positive "
+            "weight, such as 0.2, or a weight of 0"
+        )
+    layers, count = values["inter_ctc_layers"], values["num_encoder_layers"]
+    if any(not isinstance(n, int) or not 1 <= n < count for n in layers):
+        raise UserError(
+            f"inter_ctc_layers={layers} must be numbers of layers below the last one, 1 to "
+            f"{count - 1}"
+        )
 
 
 def check_writable(key, folder):
