@@ -83,7 +83,7 @@ def run(path, hparams, run_opts, overrides):
     check_texts(hparams)
     sb.create_experiment_directory(folder)
     prepare_tokenizer(hparams)
-    train, dev = (load_sentences(hparams, key) for key in ("train_text", "dev_text"))
+    train, dev = load_sentences(hparams, "train_text"), load_sentences(hparams, "dev_text")
     texts = {"dev": dev}
     if hparams["test_text"]:
         texts["test"] = load_sentences(hparams, "test_text")

@@ -112,7 +112,7 @@ def test_a_failed_row_tells_why(capsys):
 
 def test_help_shows_how_to_run():
     """`--help` prints a script's docstring."""
-    for script in ("mixers", "training", "inference", "loading", "scan"):
+    for script in ("mixers", "training", "inference", "loading", "scan", "language_models"):
         text = (ROOT / f"benchmarks/{script}.py").read_text()
         assert f"python benchmarks/{script}.py --" in ast.get_docstring(ast.parse(text))
         assert "description=__doc__," in text

@@ -85,6 +85,10 @@ class CTCSearch:
             if known is None:
                 self.searcher.lm = WordScorer(kenlm_model_path, **weights)
 
+    def weigh(self, alpha, beta):
+        """Give the n-gram other weights."""
+        self.searcher.lm.alpha, self.searcher.lm.beta = alpha, beta
+
     def __call__(self, log_probs, lengths):
         """log_probs (B, T, V), lengths (B,) in frames -> B texts, words one space apart.
 

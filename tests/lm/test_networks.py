@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from benchmarks.language_models import models, search
 from modules.errors import UserError
 from modules.language_model import DESCRIPTION, load_language_model
 from modules.lm.mamba_lm import MambaLM
@@ -71,6 +72,11 @@ def test_the_search_with_carried_state_is_the_reference(layer, ctc_weight):
         check_equal(found[JointBeamSearch], found[ReferenceSearch])
         changed += found[JointBeamSearch][0] != found["without"]
     assert changed
+
+
+def test_the_benchmark_scores_both():
+    for lm in models(11, 8, 1).values():
+        assert search(lm.eval(), 3, 4, "cpu") > 0
 
 
 def write(folder, description, lm):

@@ -81,7 +81,7 @@ def test_it_learns_and_says_how_well(lm, units):
     assert average(tokens).shape == (2, 7, 10)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["mamba", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_bit(kind, tmp_path, monkeypatch):
     options = {"grad_accumulation_factor": 2, "num_workers": int(kind == "mamba")}
     train(kind, tmp_path / "straight", **options)
@@ -167,6 +167,7 @@ def test_it_joins_the_test_stage_the_package_and_transcribing(lm, tmp_path, monk
     assert {Path(name).stem: text for name, text in lines} == stage
 
 
+@pytest.mark.parametrize("lm", ["mamba"], indirect=True)
 def test_mistakes_of_those_who_join_them(lm, tmp_path):
     _, folder, _ = lm
     run, plain = trained("s2s")

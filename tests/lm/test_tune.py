@@ -1,0 +1,106 @@
+"""tune.py: encodes once, searches often, on the development set alone."""
+
+import contextlib
+import io
+import re
+import shutil
+
+import pytest
+import torch
+
+import tune
+from modules.errors import UserError
+from modules.lm import ngram
+from tests.recipes import runs
+from tests.recipes.packages import trained
+
+
+def call(*arguments):
+    with runs.own_logging(), contextlib.redirect_stdout(io.StringIO()) as printed:
+        tune.main([str(a) for a in arguments])
+    return printed.getvalue()
+
+
+def rows(printed):
+    """The table's numbers; None where there is no such weight."""
+    lines = re.findall(r"^ +(-|[\d.]+) +(-|[\d.]+) +([\d.]+) +([\d.]+)(?:  <)?$", printed, re.M)
+    return [[None if x == "-" else float(x) for x in line] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def arpa(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("arpa")
+    (folder / "text.txt").write_text("CAB DEAF FACE\nBED ABE CAB\n")  # and no BEAD
+    path = folder / "2-gram.arpa"
+    ngram.main([str(folder / "text.txt"), "--order", "2", "--output", str(path)])
+    return path
+
+
+def test_ctc_weights(arpa, tmp_path, monkeypatch):
+    run = trained("ctc")[0]
+    before = runs.files_of(run)
+    calls = []
+    whole = tune.encode
+    monkeypatch.setattr(tune, "encode", lambda *a: calls.append(1) or whole(*a))
+    options = ["--lm_weight", "0.5,4", "--word_bonus", "0,1", "--token_prune_min_logp", -6]
+    printed = call(run, "--device", "cpu", "--save", tmp_path / "dev.pt", "--lm", arpa, *options)
+    found = rows(printed)
+    assert [row[:2] for row in found] == [[None, None], [0.5, 0], [0.5, 1], [4, 0], [4, 1]]
+    assert len(calls) == 1 and len({row[2] for row in found}) > 1
+    best = min(found[1:], key=lambda row: row[2:])
+    chosen = f"--no_lm False --kenlm_model_path {arpa} --lm_weight {best[0]} --word_bonus {best[1]}"
+    assert f"{chosen} --token_prune_min_logp -6.0" in printed
+    assert set(runs.files_of(run)) - set(before) <= {"env.log", "log.txt"}
+    assert before.items() <= runs.files_of(run).items()
+    again = call(run, "--device", "cpu", "--encoded", tmp_path / "dev.pt", "--lm", arpa, *options)
+    assert rows(again) == found and len(calls) == 1
+
+    # Its winner gives the test stage the same error rate.
+    options = {"kenlm_model_path": arpa, "no_lm": False, "token_prune_min_logp": -6, "d_model": 32}
+    options |= {"lm_weight": best[0], "word_bonus": best[1], "test_splits": "[dev]"}
+    runs.train("CTC/conmamba_tiny.yaml", tmp_path / "run", skip_train=True, resume=run, **options)
+    first = (tmp_path / "run/wer_dev.txt").read_text().split()
+    assert float(first[1]) == pytest.approx(best[2], abs=0.006)
+
+
+def test_s2s_weights(tmp_path):
+    from tests.lm.test_train_lm import train
+
+    run = trained("s2s")[0]
+    tokenizer = run / "save/tokenizer.model"
+    train("mamba", tmp_path / "lm", tokenizer_path=tokenizer, number_of_epochs=1)
+    options = ["--lm_weight", "0.5,3", "--ctc_weight_decode", "0,0.5", "--utterances", 2]
+    printed = call(run, "--device", "cpu", "--lm", tmp_path / "lm", *options)
+    expected = [[w, c] for c in (0, 0.5) for w in (None, 0.5, 3)]
+    assert [row[:2] for row in rows(printed)] == expected
+    assert f"--no_lm False --pretrained_lm_tokenizer_path {tmp_path / 'lm'} --lm_weight" in printed
+    (tmp_path / "lm/tokenizer.ckpt").write_bytes(b"another")
+    with pytest.raises(UserError, match="speaks the units of"):
+        call(run, "--device", "cpu", "--lm", tmp_path / "lm", *options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere holds no hyperparams.yaml"),
+        (["RUN", "--lm", "ARPA", "--splits", "test-a"], "test-a is a test set"),
+        (
+            ["RUN", "--lm", "ARPA", "--splits", "elsewhere"],
+            "the manifest .*elsewhere.csv is missing",
+        ),
+        (["RUN", "--lm", "."], "this run searches with a word n-gram"),
+        (["RUN", "--lm", "ARPA", "--ctc_weight_decode", "0.3"], "no meaning for a CTC run"),
+        (["RUN", "--lm", "ARPA", "--encoded", "no.pt"], "no.pt is no file"),
+        (["RUN", "--lm", "ARPA", "--encoded", "BAD"], "is not what --save writes"),
+        (["RUN"], "give --lm"),
+    ],
+)
+def test_mistakes_are_told(arpa, tmp_path, arguments, message):
+    torch.save({"x": []}, tmp_path / "bad.pt")
+    run = tmp_path / "run"
+    shutil.copytree(trained("ctc")[0], run)
+    manifest = (run / "dev.csv").read_text()
+    (run / "gone.csv").write_text(manifest.replace(str(runs.corpus()), "/gone"))
+    places = {"RUN": run, "ARPA": arpa, "BAD": tmp_path / "bad.pt"}
+    with pytest.raises(UserError, match=message):
+        call(*[places.get(a, a) for a in arguments])
