@@ -8,6 +8,7 @@ import yaml
 from inference.files import NGRAM
 from inference.parts import CLASSES, FORMAT, MODEL, build
 from modules.errors import UserError
+from modules.tokenizer import SubwordTokenizer
 
 PARTS = {  # the package's name of a part: the YAML file's
     "features": "compute_features",
@@ -134,7 +135,7 @@ def read_configuration(resolved, use_lm):
     else:
         parts["search"] = {
             "new": "modules.search.CTCSearch",
-            "labels": build(parts["tokenizer"], {}).labels,
+            "labels": labels(parts["tokenizer"], resolved),
             "beam_size": resolved.value("test_beam_size"),
             "beam_prune_logp": resolved.value("beam_prune_logp"),
             "token_prune_min_logp": resolved.value("token_prune_min_logp"),
@@ -150,3 +151,11 @@ def read_configuration(resolved, use_lm):
         if "word_bonus" in resolved:
             parts["search"]["beta"] = resolved.value("word_bonus")
     return config
+
+
+def labels(node, resolved):
+    """The text of each token; units that were learnt are beside the checkpoints."""
+    tokenizer = build(node, {})
+    if isinstance(tokenizer, SubwordTokenizer):
+        tokenizer.load(Path(resolved.path).parent / "save" / "tokenizer.model")
+    return tokenizer.labels

@@ -233,6 +233,8 @@ def check_ctc_losses(values):
             "weight, such as 0.2, or a weight of 0"
         )
     layers, count = values["inter_ctc_layers"], values["num_encoder_layers"]
+    if values["drop_path"] == 1:
+        raise UserError("drop_path=1 would leave out all branches of the last layer; use 0.2")
     if any(not isinstance(n, int) or not 1 <= n < count for n in layers):
         raise UserError(
             f"inter_ctc_layers={layers} must be numbers of layers below the last one, 1 to "

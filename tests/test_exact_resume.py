@@ -18,8 +18,9 @@ from tests.test_distributed import finish, start_ranks
 
 CTC = "CTC/conmamba_tiny.yaml"
 FAULTY = str(runs.ROOT / "tests/recipes/faulty.py")
-# All that is random or counted: dropout, SpecAugment, speeds, workers, running statistics of the
-# features, accumulation, whose steps the checkpoints' interval does not divide.
+# All that is random or counted: dropout of all kinds, SpecAugment of two views, noise, rooms,
+# speeds, workers, running statistics of the features, accumulation, whose steps the checkpoints'
+# interval does not divide.
 EVERYTHING = {
     "number_of_epochs": 2,
     "dropout": 0.2,
@@ -28,6 +29,12 @@ EVERYTHING = {
     "ckpt_interval_steps": 3,
     "max_batch_length_train": 6,
     "test_splits": "[test-a]",
+    "noise_probability": 0.7,
+    "reverberation_probability": 0.7,
+    "views": 2,
+    "consistency_weight": 0.2,
+    "drop_path": 0.3,
+    "mixer_dropout": 0.1,
 }
 
 

@@ -53,13 +53,24 @@ def first_gradients(name, folder, **options):
     return gradients, brain
 
 
-@pytest.mark.parametrize(("name", "where"), [(CTC, "backward"), (S2S, "forward")])
-def test_halves_have_the_gradient_of_the_whole(name, where, tmp_path, monkeypatch, caplog):
+VIEWS = {
+    "views": 2,
+    "consistency_weight": 0.2,
+    "num_encoder_layers": 2,
+    "inter_ctc_layers": "[1]",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "options"),
+    [(CTC, "backward", {}), (S2S, "forward", {}), (S2S, "forward", VIEWS)],
+)
+def test_halves_have_the_gradient_of_the_whole(name, where, options, tmp_path, monkeypatch, caplog):
     brain_class = runs.SCRIPTS[runs.recipe_of(name)].ASR
-    whole, brain = first_gradients(name, tmp_path / "whole")
+    whole, brain = first_gradients(name, tmp_path / "whole", **options)
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         seen = run_out_above(patch, brain_class, 2, where)
-        halved, other = first_gradients(name, tmp_path / "halves")
+        halved, other = first_gradients(name, tmp_path / "halves", **options)
     for names, of_halves in zip(whole[:2], halved[:2], strict=True):
         norm = torch.stack([g.norm() for g in names.values()]).norm()
         for n, gradient in names.items():
