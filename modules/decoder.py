@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from modules.attention import CachedAttention, sine_encoding
-from modules.encoder import FeedForward
+from modules.encoder_layer import FeedForward
 from modules.initialization import initialize
 from modules.lengths import valid_frames, zero_padding
 from modules.mamba import Mamba

@@ -12,7 +12,8 @@ from speechbrain.utils.dynamic_chunk_training import (
 from torch import nn
 
 from modules.attention import CachedAttention, RelPosAttention, RoPEAttention
-from modules.encoder import ConvModule, Encoder
+from modules.encoder import Encoder
+from modules.encoder_layer import ConvModule
 from modules.mamba import BiMamba, Mamba
 
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they save

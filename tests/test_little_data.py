@@ -12,7 +12,8 @@ from torch.nn import functional as F  # noqa: N812
 from inference import Recognizer
 from inference.package import package
 from modules.augmentation import Reverberation, coloured_noise
-from modules.encoder import DropPath, Encoder
+from modules.encoder import Encoder
+from modules.encoder_layer import DropPath
 from modules.errors import UserError
 from modules.losses import consistency_loss
 from modules.mamba import BiMamba

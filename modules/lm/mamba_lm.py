@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from modules.encoder import FeedForward
+from modules.encoder_layer import FeedForward
 from modules.initialization import initialize
 from modules.mamba import Mamba
 
