@@ -202,13 +202,13 @@ def check_values(values, run_opts):
         check_ctc_losses(values)
     if values["num_workers"] < 0:
         raise UserError(f"num_workers={values['num_workers']} must be 0 or more")
-    if values["normalize_until_epoch"] < 2:
+    if values.get("normalize_until_epoch", 2) < 2:
         raise UserError(
             f"normalize_until_epoch={values['normalize_until_epoch']} leaves no epoch to measure "
             "the features in; use 2 or more"
         )
     for key in ("train_splits", "dev_splits", "test_splits"):
-        if not values[key]:
+        if key in values and not values[key]:
             raise UserError(f"{key} is empty; name at least one split of {values['data_folder']}")
     for key, precision in (
         ("precision", values["precision"]),
