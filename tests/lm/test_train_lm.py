@@ -208,7 +208,7 @@ def test_mistakes_of_those_who_join_them(lm, tmp_path):
         ),
         ({"max_tokens": 1}, "raise --max_tokens"),
         ({"tokenizer_path": "{}"}, "holds no tokenizer.ckpt"),
-        ({"token_type": "word"}, "token_type='word' is unknown"),
+        ({"token_type": "letters"}, "token_type='letters' is unknown"),
         ({"max_batch_tokens": 0}, "max_batch_tokens=0 must be positive"),
         ({"data_folder": "x"}, "unknown option --data_folder"),
         ({"skip_train": True}, "there is no checkpoint"),
