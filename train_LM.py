@@ -80,6 +80,8 @@ def check_texts(hparams):
 
 def run(path, hparams, run_opts, overrides):
     folder = Path(hparams["output_folder"])
+    if "lm" not in hparams:
+        raise UserError(f"{path} makes no language model; give a file of hparams/LM")
     check_texts(hparams)
     sb.create_experiment_directory(folder)
     prepare_tokenizer(hparams)
