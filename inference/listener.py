@@ -24,8 +24,9 @@ class Listener:
         up to `batch_size` recordings of similar length are computed together; each gets the text
         that it gets alone. What is longer than `chunk_seconds` is heard in windows of at most that
         length, cut at silences, `batch_size` at a time; 0: all in one piece. None: in one piece
-        up to the longest utterance that training and test stage met, longer recordings in windows
-        as long as the utterances of the training.
+        up to the longest utterance that training and test stage met, longer recordings in one
+        streamed pass where the model can (`inference.through`), else in windows as long as the
+        utterances of the training.
         Returns a Transcript, or a list of them in the order of `audio`.
         """
         if not isinstance(audio, list | tuple):
@@ -79,8 +80,12 @@ class Listener:
         order = sorted(recordings, key=lambda i: -length[i])
         short = [i for i in order if window is None or length[i] <= limit]
         for i in order[: len(order) - len(short)]:
+            through = self.through() if chunk_seconds is None else None
             try:
-                yield i, self._hear_long(recordings[i], batch_size, window, progress)
+                if through is not None:
+                    yield i, self._hear_through(recordings[i], through, progress)
+                else:
+                    yield i, self._hear_long(recordings[i], batch_size, window, progress)
             except UserError as error:
                 yield i, error
         for start in range(0, len(short), batch_size):
@@ -102,6 +107,18 @@ class Listener:
             return
         for (i, x), words in zip(signals.items(), heard, strict=True):
             yield i, transcript_of(words, len(x) / self.sample_rate)
+
+    def through(self):
+        """What hears a long recording in one streamed pass, or None."""
+        return None
+
+    def _hear_through(self, recording, through, progress):
+        """A recording in one streamed pass -> Transcript."""
+        for block in self.read(recording):
+            through.push(block)
+            if progress is not None:
+                progress(recording.name, through.seconds, recording.seconds)
+        return transcript_of(through.finish(), through.seconds)
 
     def _hear_long(self, recording, batch_size, window, progress):
         """A recording in windows -> Transcript; a batch of windows is in memory, no more."""

@@ -11,6 +11,7 @@ from inference.audio import open_audio, read
 from inference.files import load_parts, model_of, read_config
 from inference.listener import Listener
 from inference.parts import build_parts
+from inference.through import Through
 from inference.windows import WHOLE, WINDOW
 from modules.errors import UserError
 from modules.launch import best_device, check_device
@@ -87,6 +88,25 @@ class Recognizer(Listener):
             for ids, y, length, s in zip(tokens, log_probs, lengths.tolist(), signals, strict=True)
         ]
 
+    def through(self):
+        """What hears a long recording in one streamed pass; None where the model cannot."""
+        encoder = self.model["encoder"]
+        if "decoder" in self.model or not (encoder.causal or encoder.chunk_size):
+            return None
+        try:
+            return Through(self)
+        except UserError:  # of features or normalisation that need the whole
+            return None
+
+    def ctc_tokens(self, log_probs, lengths):
+        """Log-probabilities (B, T, V) of CTC, lengths (B,) -> B lists of tokens.
+
+        Spaces at their ends are kept, as alignment wants them; an n-gram's texts have none.
+        """
+        if self.search.searcher is None:
+            return self.search.tokens(log_probs, lengths)
+        return [self.tokenizer.encode(text) for text in self.search(log_probs, lengths)]
+
     @property
     def seconds_per_frame(self):
         """From one frame of the encoder to the next."""
@@ -107,7 +127,7 @@ class Recognizer(Listener):
         """Encoder output (B, T, D), lengths (B,) -> B lists of tokens, log-probabilities of CTC."""
         log_probs = self.model["ctc_head"](x).log_softmax(dim=-1)
         if "decoder" not in self.model:
-            return [self.tokenizer.encode(t) for t in self.search(log_probs, lengths)], log_probs
+            return self.ctc_tokens(log_probs, lengths), log_probs
         return self.search(x, lengths)[0], log_probs
 
 

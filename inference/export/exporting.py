@@ -12,7 +12,7 @@ from inference.export.graphs import StepGraph, WholeGraph, example
 from inference.export.parity import check
 from inference.files import read_config
 from inference.recognizer import Recognizer
-from inference.streaming import check_streams
+from inference.streaming_ctc import check_streams
 from modules.errors import UserError
 
 TARGETS = {

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from starlette.requests import ClientDisconnect, Request
 
+from inference.audio import EmptyAudioError
 from inference.server.limits import MB, RefusedError
+from modules.errors import UserError
 
 ROOM = 64 * 1024  # bytes of a form besides its file
 
@@ -94,6 +96,20 @@ def too_large(limits):
 
 def no_room(error):
     return RefusedError(507, f"this server cannot store the recording: {error.strerror}")
+
+
+@contextlib.contextmanager
+def told(upload, seconds):
+    """What goes wrong with an upload that is heard, as RefusedError in the client's words."""
+    try:
+        yield
+    except asyncio.TimeoutError:
+        raise RefusedError(
+            504, f"it took longer than {seconds:g} s; send shorter recordings"
+        ) from None
+    except UserError as error:
+        status = 422 if isinstance(error, EmptyAudioError) else 415
+        raise RefusedError(status, str(error).replace(str(upload.path), upload.name)) from None
 
 
 async def unless_left(request, work, seconds):

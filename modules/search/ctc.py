@@ -98,8 +98,16 @@ class CTCSearch:
                 self.searcher.decode_log_probs(x, length)[0].text
                 for x, length in zip(log_probs.cpu().numpy(), lengths.tolist(), strict=True)
             ]
-        hypotheses = ctc_beam(log_probs, lengths, blank_index=self.blank_index, **self.pruning)
+        hypotheses = self.tokens(log_probs, lengths)
         return [" ".join("".join(self.labels[i] for i in ids).split()) for ids in hypotheses]
+
+    def tokens(self, log_probs, lengths):
+        """Without the n-gram: log_probs (B, T, V), lengths (B,) -> B lists of token ids.
+
+        Spaces at the ends are kept, for who searches a recording piece by piece.
+        """
+        log_probs = forbid(log_probs.detach().float(), self.forbidden)
+        return ctc_beam(log_probs, lengths, blank_index=self.blank_index, **self.pruning)
 
 
 def check_kenlm(path):

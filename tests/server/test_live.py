@@ -152,7 +152,7 @@ def test_a_model_that_fails(monkeypatch):
 
     with served() as service, opened(service.url) as socket:
         assert start(socket)["type"] == "ready"
-        monkeypatch.setattr("inference.streaming.StreamingCTC.advance", advance)
+        monkeypatch.setattr("inference.streaming_ctc.StreamingCTC.advance", advance)
         socket.send(bytes(2 * RATE))
         assert rest(socket)[1:] == (1011, "the model failed; the server's log tells how")
 
