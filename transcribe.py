@@ -25,12 +25,14 @@ examples:
   curl -s https://example.org/a.ogg | python transcribe.py - --model DIR
   python transcribe.py speech.wav --model DIR --beam 50 --lm 4-gram.arpa
 
-DIR is a package: python package.py OUTPUT_FOLDER --output DIR makes one from a training. A file
+DIR is a package: python package.py OUTPUT_FOLDER --output DIR makes one from a training. It may be
+user/model on the Hugging Face hub, which is downloaded once and read as strictly. A file
 model.onnx that export.py made from a package does too, on the CPU and without PyTorch installed.
 
 wav, flac, mp3, ogg and opus of any sample rate and any channels; m4a, mp4, webm and what else
 FFmpeg reads after `pip install av`. A folder is searched through, and its layout kept below
---output-dir. Recordings of hours are heard in windows, --batch-size at a time, in bounded memory.
+--output-dir. Recordings of hours are heard in bounded memory: in one streamed pass by a causal or
+chunked model, in windows by others, --batch-size at a time.
 
 On stdout a recording's text is a line, after its path and a tab when there are several; json is
 a line a recording, with its path as "file". srt, vtt and tsv of several need --output-dir.
@@ -47,7 +49,12 @@ def parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("inputs", nargs="+", metavar="FILE", help='file, folder, "glob" or - for stdin')
-    p.add_argument("--model", required=True, metavar="DIR", help="the package, or a file .onnx")
+    p.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="the package, a name on the hub, or a file .onnx",
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (auto)")
     p.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="recordings heard at once (16)"
@@ -68,7 +75,8 @@ def parser():
         metavar="S",
         help="longer recordings are heard in windows of S, cut at silences; 0: all in one piece "
         "(left out: in one piece up to the longest utterance that training and test stage met, "
-        "longer ones in windows as long as the training's utterances)",
+        "longer ones in one streamed pass where the model can, else in windows as long as the "
+        "training's utterances)",
     )
     p.add_argument("--overwrite", action="store_true", help="replace files in --output-dir")
     return p

@@ -1,7 +1,5 @@
 """Recognizer: a package folder to transcripts, as the training script's test stage makes them."""
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -9,6 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 from inference.align import align
 from inference.audio import open_audio, read
 from inference.files import load_parts, model_of, read_config
+from inference.hub import located
 from inference.listener import Listener
 from inference.parts import build_parts
 from inference.through import Through
@@ -37,16 +36,15 @@ class Recognizer(Listener):
 
     @classmethod
     def from_folder(cls, folder, device="auto", beam_size=None, lm=None, lm_weight=0.5):
-        """Load what package.py wrote; nothing is written and no network is used.
+        """Load what package.py wrote; of a folder, nothing is written and no network is used.
 
+        folder: or user/model[@revision] on the Hugging Face hub (`inference.hub`).
         device: auto (the best present), cpu, cuda, cuda:N or mps.
         beam_size: hypotheses kept, in place of the package's number.
         lm, lm_weight: a word n-gram, .arpa or .bin, for the search of a CTC model.
         UserError names the file or the weight that is missing, unexpected or damaged.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}; package.py makes one from a training")
+        folder = located(folder)
         device = best_device() if device == "auto" else check_device(device)
         config = read_config(folder / "config.json")
         change_search(config["parts"], beam_size, lm, lm_weight)
