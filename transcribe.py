@@ -31,8 +31,7 @@ model.onnx that export.py made from a package does too, on the CPU and without P
 
 wav, flac, mp3, ogg and opus of any sample rate and any channels; m4a, mp4, webm and what else
 FFmpeg reads after `pip install av`. A folder is searched through, and its layout kept below
---output-dir. Recordings of hours are heard in bounded memory: in one streamed pass by a causal or
-chunked model, in windows by others, --batch-size at a time.
+--output-dir. Recordings of hours are heard in windows, --batch-size at a time, in bounded memory.
 
 On stdout a recording's text is a line, after its path and a tab when there are several; json is
 a line a recording, with its path as "file". srt, vtt and tsv of several need --output-dir.
@@ -73,10 +72,10 @@ def parser():
         "--chunk-seconds",
         type=float,
         metavar="S",
-        help="longer recordings are heard in windows of S, cut at silences; 0: all in one piece "
+        help="longer recordings are heard in windows of S, cut at silences; 0: all in one piece, "
+        "in bounded memory with a causal or chunked CTC model "
         "(left out: in one piece up to the longest utterance that training and test stage met, "
-        "longer ones in one streamed pass where the model can, else in windows as long as the "
-        "training's utterances)",
+        "longer ones in windows as long as the training's utterances)",
     )
     p.add_argument("--overwrite", action="store_true", help="replace files in --output-dir")
     return p

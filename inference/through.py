@@ -2,7 +2,7 @@
 
 The search would hold every frame. So it goes piece by piece, from one pause to the next: frames in
 which it reads nothing but blank or space. What follows them changes nothing before, so the best
-text of the whole is that of the pieces.
+text of the whole is that of the pieces; a beam that goes through the whole may forget it.
 """
 
 import torch

@@ -27,6 +27,7 @@ NOT_RUN = {
     "python3 -m venv small": "needs the network; inference/test_export.py runs without PyTorch",
     "python train_CTC.py": "trains for hours; test_train.py runs the script",
     "python -m demo.make_corpus": "minutes; test_demo_corpus.py runs it",
+    "python -m tests.recipes.agreement": "a minute; test_agreement.py runs it",
     "python benchmarks/streaming.py": "minutes; test_stream.py runs it",
     "python stream.py --microphone": "needs a microphone; test_stream.py has one that is played",
 }

@@ -32,8 +32,7 @@ class Batcher:
     """Cuts recordings into windows and hears the windows of all recordings in batches.
 
     The texts are those of `Recognizer.transcribe`. A recording alone keeps a batch full; of many
-    each has few windows waiting, so that a short one does not wait for a long one's end. A long
-    recording that the model can hear in one streamed pass takes turns with the batches.
+    each has few windows waiting, so that a short one does not wait for a long one's end.
     Coroutines of one event loop; the model computes in one thread of its own.
     """
 
@@ -54,7 +53,7 @@ class Batcher:
         recording = await self._decode(open_audio, path)
         whole, window = limits(None, self.recognizer.whole_seconds, self.recognizer.window_seconds)
         short = recording.seconds is not None and recording.seconds <= whole
-        if heard is not None or not short:
+        if heard is not None and short:  # for text before its end
             through = await self._compute_alone(self.recognizer.through)
             if through is not None:
                 return await self._hear_through(recording, through, heard)
@@ -72,14 +71,12 @@ class Batcher:
 
         def push(samples):
             through.push(samples)
-            return through.maybe() if heard is not None else None
+            return through.maybe()
 
         blocks = self._read(recording)
         while (block := await self._decode(next, blocks, None)) is not None:
             for samples in block.split(int(BLOCK * self.recognizer.sample_rate)):
-                maybe = await self._compute_alone(push, samples)
-                if heard is not None:
-                    heard(through.settled, maybe)
+                heard(through.settled, await self._compute_alone(push, samples))
         words = await self._compute_alone(through.finish)
         return transcript_of(words, through.seconds)
 

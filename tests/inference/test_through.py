@@ -9,6 +9,7 @@ import torch
 
 from inference import Recognizer
 from inference.through import Through
+from inference.transcript import transcript_of
 from tests.recipes import runs
 from tests.recipes.causal import PAUSE, causal_package, chunked_package, speech
 from tests.recipes.packages import RATE, hearing_package
@@ -19,11 +20,16 @@ def recognizer(request):
     return Recognizer.from_folder(request.param(), "cpu")
 
 
+def one_piece(recognizer, x):
+    """The transcript of samples that are heard and searched at once."""
+    return transcript_of(recognizer.words([torch.from_numpy(x)])[0], len(x) / RATE)
+
+
 @pytest.mark.parametrize("gap", [0.12, 0.6, PAUSE])
 def test_the_text_is_that_of_one_piece(recognizer, gap):
     x, _ = speech(12, gap=gap)
-    expected = recognizer.transcribe(x, RATE, chunk_seconds=0)
-    found = recognizer.transcribe(x, RATE)
+    expected = one_piece(recognizer, x)
+    found = recognizer.transcribe(x, RATE, chunk_seconds=0)
     assert len(x) / RATE > recognizer.whole_seconds
     assert found == expected and len(expected.words) > 20
     assert [s.text for s in found.segments] == [s.text for s in expected.segments]
@@ -35,7 +41,7 @@ def test_the_text_is_that_of_one_piece(recognizer, gap):
 
 def test_blocks_change_nothing_and_settled_words_stay(recognizer):
     x = torch.from_numpy(speech(8, gap=0.6)[0])
-    expected = recognizer.transcribe(x, RATE, chunk_seconds=0).text.split()
+    expected = one_piece(recognizer, x.numpy()).text.split()
     for size in (999, 2 * RATE, len(x)):
         through, longest = Through(recognizer), 0
         for block in x.split(size):
@@ -67,9 +73,10 @@ def test_who_hears_in_windows_still(recognizer, monkeypatch):
     monkeypatch.setitem(recognizer.model._modules, "decoder", torch.nn.Identity())
     assert recognizer.through() is None
     monkeypatch.undo()
-    monkeypatch.setattr(recognizer, "through", None)  # not asked for with --chunk-seconds
+    monkeypatch.setattr(recognizer, "through", None)  # asked for with chunk_seconds=0 alone
     x = speech(6)[0]
-    assert recognizer.transcribe(x, RATE, chunk_seconds=5).text
+    for seconds in (None, 5):
+        assert recognizer.transcribe(x, RATE, chunk_seconds=seconds).text
 
 
 def test_silence_and_what_is_short(recognizer):
@@ -95,6 +102,7 @@ def test_an_hour_in_bounded_memory(tmp_path):
             for _ in range(round(minutes * 60 * RATE / len(x))):
                 file.write(x)
         script = ["transcribe.py", path, "--model", causal_package(), "--format", "json"]
+        script += ["--chunk-seconds", "0"]
         done = runs.run([sys.executable, "-c", PEAK, *map(str, script)], timeout=1200)
         text, peak = done.stdout.splitlines()
         assert json.loads(text)["duration"] == pytest.approx(60 * minutes, rel=0.02)

@@ -44,19 +44,27 @@ def check(events, whole):
     return deltas, done
 
 
-def test_a_streamed_pass():
+@pytest.fixture
+def one_window(monkeypatch):
+    """A server that hears what is sent here in one piece."""
+    monkeypatch.setattr(servers.recognizer(), "whole_seconds", 60)
+    with served() as service:
+        yield service
+
+
+def test_a_streamed_pass(one_window):
     x, texts = speech(6)
     file = recording(x, "flac")
-    whole = create(shared().url, file)
-    deltas, _ = check(list(create(shared().url, file, stream=True)), whole)
+    whole = create(one_window.url, file)
+    deltas, _ = check(list(create(one_window.url, file, stream=True)), whole)
     assert whole.text == " ".join(texts) and len(deltas) > 3
-    assert metric(shared().url, "queue") == 0 and not shared().left()
+    nothing_left(one_window)
 
 
-def test_words_come_with_their_times():
+def test_words_come_with_their_times(one_window):
     file = recording(speech(3)[0], "flac")
-    whole = create(shared().url, file, **WORDS)
-    deltas, done = check(list(create(shared().url, file, stream=True, **WORDS)), whole)
+    whole = create(one_window.url, file, **WORDS)
+    deltas, done = check(list(create(one_window.url, file, stream=True, **WORDS)), whole)
     assert any(d.maybe for d in deltas)  # what may still change is shown, too
     told = [word for d in deltas for word in d.words]
     assert [w["word"] for w in told] == [w["word"] for w in done.words]
@@ -143,7 +151,7 @@ def test_what_goes_wrong_before_is_a_status():
     assert not shared().left() and "Traceback" not in shared().log()
 
 
-def test_damage_in_the_middle(monkeypatch):
+def test_damage_in_the_middle():
     name, whole = recording(np.tile(speech(6)[0], 3), "flac")
     place = len(whole) * 2 // 3
     damaged = whole[:place] + bytes(5000) + whole[place + 5000 :]

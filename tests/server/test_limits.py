@@ -142,7 +142,6 @@ def test_a_header_that_hides_the_length(tmp_path, monkeypatch):
         return whole(signals)
 
     monkeypatch.setattr(servers.recognizer(), "words", words)
-    monkeypatch.setattr(servers.recognizer(), "through", lambda: None)
     with served(limits=Limits(audio=30)) as service:
         longest.clear()
         code, _, body = post(service.url, lying, "a.mka")

@@ -153,6 +153,7 @@ def test_text_shows_while_a_file_is_heard(browser, monkeypatch):
         whole(self, samples)
 
     monkeypatch.setattr(Through, "push", push)
+    monkeypatch.setattr(recognizer(), "whole_seconds", 60)
     x, sentences = speech(3)
     words = " ".join(sentences).split()
     with served() as service:
