@@ -125,6 +125,7 @@ def test_streaming(reader, monkeypatch, capsys):
     assert program("streaming", 0, packets=packets)["transcript"].text == TEXT
 
 
+@pytest.mark.slow
 def test_export(reader, monkeypatch, capsys):
     (reader / "packages/conmamba").symlink_to(hearing_package())
     (reader / "packages/causal").symlink_to(causal_package())

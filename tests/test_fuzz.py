@@ -50,11 +50,13 @@ def upload(examples):
     assert {200, 400, 415} <= counts.keys()
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
 def test_uploads():
     upload(60)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
 def test_many_uploads():
     upload(3000)
 

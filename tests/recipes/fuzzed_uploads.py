@@ -13,7 +13,7 @@ import socket
 import sys
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.recipes.fuzzed_audio import damaged
@@ -26,6 +26,7 @@ PATIENCE = 30  # s for an answer: a hang is longer
 ANSWERS = {200, *range(400, 500), 503}
 GOOD = {kind: recording(said(SENTENCES[0]), kind)[1] for kind in ("wav", "flac", "ogg")}
 BOUNDARY = "sep"
+MULTIPART = f"multipart/form-data; boundary={BOUNDARY}"
 CRLF = st.sampled_from(["\r\n"] * 60 + ["\n", "\r", "", "\r\n\r\n"])
 
 junk = st.binary(max_size=60) | st.integers(1, 300_000).map(lambda n: b"\0" * n)
@@ -101,15 +102,15 @@ broken = st.builds(damaged, wholes | forms, changes, st.none() | places)
 chosen = st.sampled_from([forms] * 6 + [wholes] * 4 + [broken] * 3 + [contents])
 bodies = chosen.flatmap(lambda strategy: strategy)
 kinds = st.sampled_from(
-    [f"multipart/form-data; boundary={BOUNDARY}"] * 60
+    [MULTIPART] * 60
     + [
         "multipart/form-data",
         "multipart/form-data; boundary=",
         f'multipart/form-data; boundary="{BOUNDARY}',
         f"multipart/form-data; boundary={'s' * 70_000}",
-        f"multipart/form-data; boundary={BOUNDARY}; charset=utf-16",
+        f"{MULTIPART}; charset=utf-16",
         *(
-            f"multipart/form-data; boundary={BOUNDARY}; charset={name}"
+            f"{MULTIPART}; charset={name}"
             for name in ("nothing", "undefined", "idna", "utf-7", "raw_unicode_escape", "zip")
         ),
         "multipart/mixed; boundary=sep",
@@ -182,6 +183,12 @@ def fuzz(server, examples, seed=None):
         suppress_health_check=list(HealthCheck),
     )
     @given(bodies, kinds, framings, extras)
+    @example(form(GOOD["flac"][:5000])[0], MULTIPART, "length", [])
+    @example(form(b"no sound")[0], MULTIPART, "chunked", [])
+    # What the parser's own errors do not cover.
+    @example(form(b"x", "a.wav")[0], f"{MULTIPART}; charset=undefined", "length", [])
+    @example(form(b"x", r"\ud800")[0], f"{MULTIPART}; charset=raw_unicode_escape", "length", [])
+    @example(b"a=%", "application/x-www-form-urlencoded", "length", [])
     def send(body, kind, framing, more):
         status = answer(server.url, request(body, kind, framing, more), framing == "long")
         assert status in ANSWERS or (status is None and framing == "long"), f"answer {status}"
