@@ -40,7 +40,9 @@ def main():
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="the package")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="the package, or a name on the hub"
+    )
     parser.add_argument("--to", required=True, choices=TARGETS, help="what reads the file")
     parser.add_argument(
         "--output", metavar="FILE", help="the file (named after DIR, in the working directory)"

@@ -40,7 +40,9 @@ def parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     d = Limits()
-    p.add_argument("--model", required=True, metavar="DIR", help="the package")
+    p.add_argument(
+        "--model", required=True, metavar="DIR", help="the package, or a name on the hub"
+    )
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines (127.0.0.1)")
     p.add_argument("--port", type=int, default=8000, help="0: the system chooses (8000)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (auto)")

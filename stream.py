@@ -48,7 +48,9 @@ def parser():
     )
     p.add_argument("input", nargs="?", metavar="FILE", help="a file, or - for raw PCM on stdin")
     p.add_argument("--microphone", action="store_true", help="hear the microphone")
-    p.add_argument("--model", required=True, metavar="DIR", help="the package")
+    p.add_argument(
+        "--model", required=True, metavar="DIR", help="the package, or a name on the hub"
+    )
     p.add_argument("--fast", action="store_true", help="a file: do not wait for its sound")
     p.add_argument(
         "--rate", type=int, metavar="HZ", help="of the PCM or the microphone (the model's)"

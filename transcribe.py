@@ -26,7 +26,8 @@ examples:
   python transcribe.py speech.wav --model DIR --beam 50 --lm 4-gram.arpa
   python transcribe.py speech.wav --model packages/s2s --lm results/LM/mamba/3402
 
-DIR is a package: python package.py OUTPUT_FOLDER --output DIR makes one from a training. A file
+DIR is a package: python package.py OUTPUT_FOLDER --output DIR makes one from a training. It may be
+user/model on the Hugging Face hub, which is downloaded once and read as strictly. A file
 model.onnx that export.py made from a package does too, on the CPU and without PyTorch installed.
 
 wav, flac, mp3, ogg and opus of any sample rate and any channels; m4a, mp4, webm and what else
@@ -48,7 +49,12 @@ def parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("inputs", nargs="+", metavar="FILE", help='file, folder, "glob" or - for stdin')
-    p.add_argument("--model", required=True, metavar="DIR", help="the package, or a file .onnx")
+    p.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="the package, a name on the hub, or a file .onnx",
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (auto)")
     p.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="recordings heard at once (16)"
@@ -74,7 +80,8 @@ def parser():
         "--chunk-seconds",
         type=float,
         metavar="S",
-        help="longer recordings are heard in windows of S, cut at silences; 0: all in one piece "
+        help="longer recordings are heard in windows of S, cut at silences; 0: all in one piece, "
+        "in bounded memory with a causal or chunked CTC model "
         "(left out: in one piece up to the longest utterance that training and test stage met, "
         "longer ones in windows as long as the training's utterances)",
     )

@@ -23,9 +23,10 @@ class Listener:
         Files bring their own rate. Any rate and number of channels will do. Of a list, batches of
         up to `batch_size` recordings of similar length are computed together; each gets the text
         that it gets alone. What is longer than `chunk_seconds` is heard in windows of at most that
-        length, cut at silences, `batch_size` at a time; 0: all in one piece. None: in one piece
-        up to the longest utterance that training and test stage met, longer recordings in windows
-        as long as the utterances of the training.
+        length, cut at silences, `batch_size` at a time; 0: all in one piece, long recordings in
+        one streamed pass where the model can (`inference.through`). None: in one piece up to the
+        longest utterance that training and test stage met, longer recordings in windows as long as
+        the utterances of the training.
         Returns a Transcript, or a list of them in the order of `audio`.
         """
         if not isinstance(audio, list | tuple):
@@ -77,10 +78,18 @@ class Listener:
         length = {i: r.seconds or float("inf") for i, r in recordings.items()}
         # The longest first: what does not fit into memory fails at once.
         order = sorted(recordings, key=lambda i: -length[i])
-        short = [i for i in order if window is None or length[i] <= limit]
-        for i in order[: len(order) - len(short)]:
+        short = []
+        for i in order:
+            through = None
+            if window is None and length[i] > self.whole_seconds:
+                through = self.through()
             try:
-                yield i, self._hear_long(recordings[i], batch_size, window, progress)
+                if through is not None:
+                    yield i, self._hear_through(recordings[i], through, progress)
+                elif window is not None and length[i] > limit:
+                    yield i, self._hear_long(recordings[i], batch_size, window, progress)
+                else:
+                    short.append(i)
             except UserError as error:
                 yield i, error
         for start in range(0, len(short), batch_size):
@@ -102,6 +111,18 @@ class Listener:
             return
         for (i, x), words in zip(signals.items(), heard, strict=True):
             yield i, transcript_of(words, len(x) / self.sample_rate)
+
+    def through(self):
+        """What hears a long recording in one streamed pass, or None."""
+        return None
+
+    def _hear_through(self, recording, through, progress):
+        """A recording in one streamed pass -> Transcript."""
+        for block in self.read(recording):
+            through.push(block)
+            if progress is not None:
+                progress(recording.name, through.seconds, recording.seconds)
+        return transcript_of(through.finish(), through.seconds)
 
     def _hear_long(self, recording, batch_size, window, progress):
         """A recording in windows -> Transcript; a batch of windows is in memory, no more."""

@@ -11,8 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 from inference.align import align
 from inference.audio import open_audio, read
 from inference.files import NGRAM, load_parts, model_of, present, read_config
+from inference.hub import located
 from inference.listener import Listener
 from inference.parts import build_parts
+from inference.through import Through
 from inference.windows import WHOLE, WINDOW
 from modules.errors import UserError
 from modules.language_model import PUBLISHED, find_tokenizer, load_language_model
@@ -39,8 +41,9 @@ class Recognizer(Listener):
 
     @classmethod
     def from_folder(cls, folder, device="auto", beam_size=None, lm=None, lm_weight=None):
-        """Load what package.py wrote; nothing is written and no network is used.
+        """Load what package.py wrote; of a folder, nothing is written and no network is used.
 
+        folder: or user/model[@revision] on the Hugging Face hub (`inference.hub`).
         device: auto (the best present), cpu, cuda, cuda:N or mps.
         beam_size: hypotheses kept, in place of the package's number.
         lm: a language model in place of the package's: a word n-gram, .arpa or .bin, for a CTC
@@ -48,9 +51,7 @@ class Recognizer(Listener):
         lm_weight: of the language model; None: the package's, or 0.5.
         UserError names the file or the weight that is missing, unexpected or damaged.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}; package.py makes one from a training")
+        folder = located(folder)
         device = best_device() if device == "auto" else check_device(device)
         config = read_config(folder / "config.json")
         change_search(config, folder, beam_size, lm, lm_weight)
@@ -94,6 +95,25 @@ class Recognizer(Listener):
             for ids, y, length, s in zip(tokens, log_probs, lengths.tolist(), signals, strict=True)
         ]
 
+    def through(self):
+        """What hears a long recording in one streamed pass; None where the model cannot."""
+        encoder = self.model["encoder"]
+        if "decoder" in self.model or not (encoder.causal or encoder.chunk_size):
+            return None
+        try:
+            return Through(self)
+        except UserError:  # of features or normalisation that need the whole
+            return None
+
+    def ctc_tokens(self, log_probs, lengths):
+        """Log-probabilities (B, T, V) of CTC, lengths (B,) -> B lists of tokens.
+
+        Spaces at their ends are kept, as alignment wants them; an n-gram's texts have none.
+        """
+        if self.search.searcher is None:
+            return self.search.tokens(log_probs, lengths)
+        return [self.tokenizer.encode(text) for text in self.search(log_probs, lengths)]
+
     @property
     def seconds_per_frame(self):
         """From one frame of the encoder to the next."""
@@ -114,7 +134,7 @@ class Recognizer(Listener):
         """Encoder output (B, T, D), lengths (B,) -> B lists of tokens, log-probabilities of CTC."""
         log_probs = self.model["ctc_head"](x).log_softmax(dim=-1)
         if "decoder" not in self.model:
-            return [self.tokenizer.encode(t) for t in self.search(log_probs, lengths)], log_probs
+            return self.ctc_tokens(log_probs, lengths), log_probs
         return self.search(x, lengths)[0], log_probs
 
 

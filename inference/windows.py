@@ -43,12 +43,13 @@ def limits(chunk_seconds, whole_seconds=WHOLE, window_seconds=WINDOW):
 class Window:
     """Samples x (N,), array or tensor, from sample `start` of a recording on.
 
-    The first `overlap` of them are shared.
+    The first `overlap` of them the window before has heard, the last `shared` the next one will.
     """
 
     start: int
     x: Any
     overlap: int
+    shared: int = 0
 
 
 def windows(blocks, size, rate):
@@ -63,7 +64,7 @@ def windows(blocks, size, rate):
         while size is not None and count > size:
             x = together(held)
             end, shared = cut(x[:size], rate)
-            yield Window(start, together([x[:end]]), overlap)
+            yield Window(start, together([x[:end]]), overlap, shared)
             held, start, overlap = [x[end - shared :]], start + end - shared, shared
             count = len(held[0])
     yield Window(start, together(held), overlap)
@@ -103,6 +104,14 @@ def joined(words, window, new, rate):
     """Words so far, the next window and the words heard in it -> the words of both."""
     start = window.start / rate
     return join(words, moved(new, start), start, start + window.overlap / rate)
+
+
+def settled(words, window, rate):
+    """How many of the words up to a window's end no later window changes."""
+    if not window.shared:
+        return len(words)
+    start = (window.start + len(window.x) - window.shared) / rate
+    return sum(centre(w) <= start - SAME for w in words)
 
 
 def join(before, after, start, end):

@@ -24,5 +24,11 @@ def absolute(relative_lengths, num_frames):
 
 
 def relative(lengths, num_frames):
-    """Counts (B,) -> lengths (B,) float32 relative to `num_frames`; `absolute` inverts it."""
-    return lengths.to(torch.float32) / max(num_frames, 1)
+    """Counts (B,) -> lengths (B,) float32 relative to `num_frames`; `absolute` inverts it.
+
+    Times `num_frames` they are never above the counts: SpeechBrain's masks would take one frame of
+    padding for the utterance's, and its mean and variance with it, of one length in twenty.
+    """
+    counts = lengths.to(torch.float32)
+    fractions = counts / max(num_frames, 1)
+    return torch.where(fractions * num_frames > counts, fractions * (1 - 2**-23), fractions)

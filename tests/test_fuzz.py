@@ -1,6 +1,7 @@
 """What strangers send, made up and damaged: an error that says why, no crash, no hang, no memory.
 
-More of it, other each time: python -m tests.recipes.fuzzed_audio 20000 random
+More of it, other each time: python -m tests.recipes.fuzzed_audio 20000 random, and
+python -m tests.recipes.fuzzed_uploads 5000 random
 """
 
 import json
@@ -35,6 +36,29 @@ def test_recordings():
     command = [sys.executable, "-m", "tests.recipes.fuzzed_audio", "400"]
     done = runs.run(command, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# ---- Uploads ----
+
+
+def upload(examples):
+    """To a process of its own: 400 is the parser's answer, 415 and 422 the decoder's."""
+    pytest.importorskip("fastapi")
+    from tests.recipes import fuzzed_uploads
+
+    counts = fuzzed_uploads.fuzz(fuzzed_uploads.shared(), examples)
+    assert {200, 400, 415} <= counts.keys()
+
+
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
+def test_uploads():
+    upload(60)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
+def test_many_uploads():
+    upload(3000)
 
 
 # ---- Corpora ----

@@ -21,7 +21,7 @@ from inference.resolved import Resolved, configuration
 from inference.snapshot import needed_files
 from modules.errors import UserError
 from tests.recipes import runs
-from tests.recipes.packages import RECIPES, trained
+from tests.recipes.packages import RECIPES, hypotheses, trained
 
 YAML_FILES = [p for r in runs.SCRIPTS for p in sorted(runs.ROOT.glob(f"hparams/{r}/*.yaml"))]
 TESTS = ("test-a", "test-b")
@@ -41,18 +41,6 @@ def s2s():
 @pytest.fixture(params=RECIPES)
 def both(request):
     return request.getfixturevalue(request.param)
-
-
-def hypotheses(run):
-    """What the test stage heard: {utterance: text}, from wer_<test set>.txt."""
-    texts = {}
-    for name in TESTS:
-        lines = (run / f"wer_{name}.txt").read_text().splitlines()
-        for i, line in enumerate(lines):
-            if ", %WER " in line and line[0] != "<":
-                words = [w.strip() for w in lines[i + 3].split(";")]
-                texts[line.partition(",")[0]] = " ".join(w for w in words if w != "<eps>")
-    return texts
 
 
 def recordings(run):

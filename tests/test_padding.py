@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from speechbrain.processing.features import InputNormalization
+from speechbrain.processing.features import InputNormalization, make_padding_mask
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfigRandomSampler
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -19,6 +19,7 @@ from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
 from modules.encoder import Encoder
 from modules.features import Features
 from modules.frontend import ConvFrontend
+from modules.lengths import absolute, relative
 from modules.losses import ctc_loss, sequence_loss
 from modules.mamba import BiMamba, Chunk, Mamba
 
@@ -385,3 +386,11 @@ def test_features_of_a_sound_cut_at_its_loudest(features):
     padded, _ = features(F.pad(wav, (0, 3000)), torch.tensor([16159]))
     alone, _ = features(wav)
     torch.testing.assert_close(padded[:, :101], alone, **PRECISIONS[torch.float32])
+
+
+def test_relative_lengths_mark_no_frame_of_padding():
+    for frames in range(1, 1500, 7):
+        lengths = torch.arange(1, frames + 1)
+        found = relative(lengths, frames)
+        mask = make_padding_mask(torch.empty(frames, frames), found)
+        assert torch.equal(mask.sum(1), lengths) and torch.equal(absolute(found, frames), lengths)

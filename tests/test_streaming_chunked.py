@@ -6,7 +6,7 @@ import torch
 
 from inference import Recognizer, StreamingRecognizer
 from inference.package import package
-from inference.streaming import StreamingCTC
+from inference.streaming_ctc import StreamingCTC
 from modules.search import ctc_greedy
 from tests.recipes import runs
 from tests.recipes.causal import PAUSE, chunked_package, speech

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from inference import Recognizer, StreamingRecognizer
 from inference.align import align
-from inference.streaming import StreamingCTC
+from inference.streaming_ctc import StreamingCTC
 from modules.errors import UserError
 from modules.search import ctc_greedy
 from tests.recipes.causal import PAUSE, causal_package, speech

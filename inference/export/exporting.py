@@ -11,8 +11,9 @@ from inference.export.description import describe
 from inference.export.graphs import StepGraph, WholeGraph, example
 from inference.export.parity import check
 from inference.files import read_config
+from inference.hub import located
 from inference.recognizer import Recognizer
-from inference.streaming import check_streams
+from inference.streaming_ctc import check_streams
 from modules.errors import UserError
 
 TARGETS = {
@@ -34,9 +35,9 @@ def export(folder, target, output=None, int8=False, streaming=False, overwrite=F
     """
     module = import_module(TARGETS[target])
     require(target, module.PACKAGES)
-    folder = Path(folder)
-    output = Path(output or default_name(folder, module.SUFFIX, int8, streaming))
+    output = Path(output or default_name(Path(folder), module.SUFFIX, int8, streaming))
     check_output(output, module.SUFFIX, overwrite)
+    folder = located(folder)
     recognizer = Recognizer.from_folder(folder, device="cpu")
     config = read_config(folder / "config.json")
     if recognizer.model["encoder"].chunks is not None:

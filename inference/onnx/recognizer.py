@@ -7,7 +7,7 @@ from inference.onnx.audio import open_audio, read
 from inference.onnx.features import Features
 from inference.onnx.search import ctc_beam, token_spans
 from inference.onnx.session import description, open_session
-from inference.words import GAP, spread, timed_words
+from inference.words import spread, timed_words
 from modules.errors import UserError
 
 SHORTEST = 8  # feature frames of a graph's input
@@ -49,7 +49,7 @@ class OnnxRecognizer(Listener):
         """Signals, each (N,) float32 at the model's rate -> their lists of `Word`."""
         found = []
         for x, log_probs in zip(signals, self.log_probs(signals), strict=True):
-            tokens = self.spaced(ctc_beam(log_probs, **self.search))
+            tokens = ctc_beam(log_probs, **self.search)
             spans = token_spans(tokens, log_probs)
             if spans is None:
                 spans = spread(tokens, len(log_probs))
@@ -87,13 +87,3 @@ class OnnxRecognizer(Listener):
             states = dict(zip(states, new, strict=True))
             parts.append([row[:n] for row, n in zip(y, counts, strict=True)])
         return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
-
-    def spaced(self, tokens):
-        """Tokens without spaces that follow a space or stand at an end, as texts have them."""
-        kept = []
-        for token in tokens:
-            if self.vocabulary[token] != GAP or (kept and self.vocabulary[kept[-1]] != GAP):
-                kept.append(token)
-        while kept and self.vocabulary[kept[-1]] == GAP:
-            kept.pop()
-        return kept

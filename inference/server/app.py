@@ -1,6 +1,5 @@
 """The HTTP side of a server: routes, errors, the web page."""
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -13,13 +12,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from inference.audio import EmptyAudioError
 from inference.server import streams
+from inference.server.events import Events, events_of
 from inference.server.limits import RefusedError
 from inference.server.replies import REPLIES, reply, wanted
 from inference.server.service import bearer
-from inference.server.uploads import received, unless_left
-from modules.errors import UserError
+from inference.server.uploads import received, told, unless_left
 
 log = logging.getLogger("mamba_asr.server")
 PAGE = Path(__file__).with_name("page")
@@ -33,6 +31,7 @@ FORM = {
         "file": {"type": "string", "format": "binary"},
         "model": {"type": "string", "description": "any; the server has one"},
         "response_format": {"enum": list(REPLIES), "default": "json"},
+        "stream": {"type": "boolean", "default": False, "description": "events while it is heard"},
         "timestamp_granularities[]": {"type": "array", "items": {"enum": ["word", "segment"]}},
     },
 }
@@ -101,47 +100,60 @@ def add_transcriptions(app, service):
 
     @app.post("/v1/audio/transcriptions", openapi_extra={"requestBody": body})
     async def transcriptions(request: Request):
-        started, status, heard, text = time.monotonic(), 500, 0.0, ""
         try:
-            service.check_key(bearer(request.headers))
-            with service.slot("queue"):
-                transcript, how = await transcribed(request, service, started)
-            status, heard, text = 200, transcript.duration, service.said(transcript.text)
-            return reply(transcript, how)
-        except RefusedError as error:
-            status = error.status
-            raise
+            async with contextlib.AsyncExitStack() as stack:
+                return await transcribed(request, service, stack)
         except ClientDisconnect:
-            status = GONE
             return Response(status_code=GONE)
-        finally:
-            seconds = time.monotonic() - started
-            count(service.metrics, status, heard, seconds)
-            log.info("transcription %d: %.2f s of audio in %.2f s%s", status, heard, seconds, text)
 
 
-async def transcribed(request, service, started):
-    """A request -> its Transcript, and how it is wanted; RefusedError, or ClientDisconnect."""
-    limits = service.limits
-    async with received(request, limits, service.folder, limits.seconds) as upload:
-        how = wanted(upload.fields)
-        left = limits.seconds - (time.monotonic() - started)
-        try:
-            work = service.batcher.transcribe(upload.path)
-            return await unless_left(request, work, left), how
-        except asyncio.TimeoutError:
-            raise RefusedError(
-                504, f"it took longer than {limits.seconds:g} s; send shorter recordings"
-            ) from None
-        except EmptyAudioError as error:
-            raise RefusedError(422, named(error, upload)) from None
-        except UserError as error:
-            raise RefusedError(415, named(error, upload)) from None
+async def transcribed(request, service, stack):
+    """A request -> its answer; what it holds is in the stack. RefusedError, or ClientDisconnect."""
+    call = stack.enter_context(Call(service))
+    service.check_key(bearer(request.headers))
+    stack.enter_context(service.slot("queue"))
+    upload = await stack.enter_async_context(
+        received(request, service.limits, service.folder, call.seconds)
+    )
+    how = wanted(upload.fields)
+    if how.stream:
+        events = events_of(request, service.batcher, upload, how, call)
+        return Events(await anext(events), events, stack.pop_all())
+    with told(upload, call.seconds):
+        work = service.batcher.transcribe(upload.path)
+        transcript = await unless_left(request, work, call.left)
+    call.done(transcript)
+    return reply(transcript, how)
 
 
-def named(error, upload):
-    """A message with the client's name of the file in place of ours."""
-    return str(error).replace(str(upload.path), upload.name)
+class Call:
+    """A request from its start to its end, for the metrics and the log; a context."""
+
+    def __init__(self, service):
+        self.service, self.seconds = service, service.limits.seconds
+        self.started, self.status, self.heard, self.text = time.monotonic(), 500, 0.0, ""
+
+    @property
+    def left(self):
+        """Seconds until it takes too long."""
+        return self.seconds - (time.monotonic() - self.started)
+
+    def done(self, transcript):
+        self.status, self.heard = 200, transcript.duration
+        self.text = self.service.said(transcript.text)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, RefusedError):
+            self.status = error.status
+        elif isinstance(error, ClientDisconnect):
+            self.status = GONE
+        seconds = time.monotonic() - self.started
+        count(self.service.metrics, self.status, self.heard, seconds)
+        said = (self.status, self.heard, seconds, self.text)
+        log.info("transcription %d: %.2f s of audio in %.2f s%s", *said)
 
 
 def count(metrics, status, heard, seconds):
@@ -153,10 +165,8 @@ def count(metrics, status, heard, seconds):
 
 
 async def refusal(_, error):
-    """RefusedError as the OpenAI API words an error."""
-    kind = "server_error" if error.status >= 500 else "invalid_request_error"
-    body = {"message": error.message, "type": kind, "param": None, "code": None}
-    return JSONResponse({"error": body}, status_code=error.status, headers=error.headers)
+    """RefusedError as an answer."""
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 
 async def refusal_of_framework(request, error):

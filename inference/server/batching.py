@@ -11,8 +11,9 @@ import torch
 
 from inference.audio import open_audio, read
 from inference.server.limits import RefusedError
+from inference.through import BLOCK
 from inference.transcript import transcript_of
-from inference.windows import joined, limits, windows
+from inference.windows import joined, limits, settled, windows
 from modules.errors import UserError
 
 log = logging.getLogger("mamba_asr.server")
@@ -41,25 +42,48 @@ class Batcher:
         self.model = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decoder")
 
-    async def transcribe(self, path):
+    async def transcribe(self, path, heard=None):
         """A file -> Transcript.
 
+        heard: called now and then with the words so far that stay as they are, and those after them
+        that may still change.
         UserError when it cannot be heard, RefusedError when it is too long. Cancelling it takes its
         windows out of the queue.
         """
+        recording = await self._decode(open_audio, path)
+        whole, window = limits(None, self.recognizer.whole_seconds, self.recognizer.window_seconds)
+        short = recording.seconds is not None and recording.seconds <= whole
+        if heard is not None and short:  # for text before its end
+            through = await self._compute_alone(self.recognizer.through)
+            if through is not None:
+                return await self._hear_through(recording, through, heard)
         ahead = deque()
         self.active += 1
         try:
-            return await self._transcribe(path, ahead)
+            return await self._hear(recording, whole if short else window, ahead, heard)
         finally:
             self.active -= 1
             for _, words in ahead:
                 words.cancel()
 
-    async def _transcribe(self, path, ahead):
+    async def _hear_through(self, recording, through, heard):
+        """In one streamed pass, block by block between the batches of others."""
+
+        def push(samples):
+            through.push(samples)
+            return through.maybe()
+
+        blocks = self._read(recording)
+        while (block := await self._decode(next, blocks, None)) is not None:
+            for samples in block.split(int(BLOCK * self.recognizer.sample_rate)):
+                heard(through.settled, await self._compute_alone(push, samples))
+        words = await self._compute_alone(through.finish)
+        return transcript_of(words, through.seconds)
+
+    async def _hear(self, recording, seconds, ahead, heard):
+        """In windows of so many seconds, which wait in the queue."""
         rate, words, end = self.recognizer.sample_rate, [], 0.0
-        recording = await self._decode(open_audio, path)
-        pieces = windows(self._read(recording), int(self._longest(recording) * rate), rate)
+        pieces = windows(self._read(recording), int(seconds * rate), rate)
         more = True
         while more or ahead:
             while more and len(ahead) < max(1, self.limits.batch // self.active):
@@ -71,12 +95,10 @@ class Batcher:
                 window, new = ahead.popleft()
                 words = joined(words, window, await new, rate)
                 end = (window.start + len(window.x)) / rate
+                if heard is not None:
+                    stay = settled(words, window, rate)
+                    heard(words[:stay], words[stay:])
         return transcript_of(words, end)
-
-    def _longest(self, recording):
-        """Seconds of a window: a recording as long as the training's is heard in one piece."""
-        whole, window = limits(None, self.recognizer.whole_seconds, self.recognizer.window_seconds)
-        return whole if recording.seconds is not None and recording.seconds <= whole else window
 
     def _read(self, recording):
         """Yield the samples, no more than the limit: a header may say what it likes."""
@@ -148,11 +170,22 @@ class Batcher:
 
     async def hear(self, signals):
         """Signals, each (N,) at the model's rate -> their lists of words."""
-        started = time.perf_counter()
-        found = await asyncio.get_running_loop().run_in_executor(
-            self.model, self.recognizer.words, signals
-        )
+        found = await self._in_model(self.recognizer.words, signals)
         self.metrics.batch.observe(len(signals))
+        return found
+
+    async def _compute_alone(self, function, *arguments):
+        """`_in_model`, with an error as a client is told it."""
+        try:
+            return await self._in_model(function, *arguments)
+        except Exception as error:
+            raise failure(error) from None
+
+    async def _in_model(self, function, *arguments):
+        """Call in the model's thread, and count the seconds."""
+        started = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self.model, function, *arguments)
         self.metrics.compute_seconds.labels("file").inc(time.perf_counter() - started)
         return found
 

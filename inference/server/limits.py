@@ -50,3 +50,10 @@ class RefusedError(Exception):
             # The OpenAI clients would repeat what has a status of 408 or from 500 on.
             return {"x-should-retry": "false"}
         return {"retry-after": str(self.retry_after)}
+
+    @property
+    def body(self):
+        """As the OpenAI API words an error."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        fields = {"message": self.message, "type": kind, "param": None, "code": None}
+        return {"error": fields}

@@ -12,6 +12,7 @@ from inference.server.limits import RefusedError
 MEDIA = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
 REPLIES = ("json", "text", "verbose_json", "srt", "vtt")
 GRANULARITIES = {"segment", "word"}
+STREAM = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Wanted:
     form: str
     granularities: frozenset
     language: str
+    stream: bool
 
 
 def wanted(fields):
@@ -34,8 +36,14 @@ def wanted(fields):
         raise RefusedError(
             400, f"response_format={form!r} is unknown; give one of {', '.join(REPLIES)}"
         )
-    if values.get("stream", "false").lower() not in ("false", "0"):
-        raise RefusedError(400, "stream=true is not served; leave it out, or use WS /v1/stream")
+    stream = STREAM.get(values.get("stream", "false").lower())
+    if stream is None:
+        raise RefusedError(400, f"stream={values['stream']!r} is neither true nor false")
+    if stream and form not in ("json", "verbose_json"):
+        raise RefusedError(
+            400,
+            f"stream=true: {form} comes in one piece; give json or verbose_json",
+        )
     names = ("timestamp_granularities[]", "timestamp_granularities")
     asked = frozenset(value for name, value in fields if name in names)
     if asked - GRANULARITIES:
@@ -46,18 +54,24 @@ def wanted(fields):
         raise RefusedError(
             400, f"timestamp_granularities: {form} has no times; give response_format=verbose_json"
         )
-    return Wanted(form, asked or frozenset({"segment"}), values.get("language") or "unknown")
+    language = values.get("language") or "unknown"
+    return Wanted(form, asked or frozenset({"segment"}), language, stream)
 
 
 def reply(transcript, wanted):
     """Transcript -> an HTTP response."""
-    if wanted.form == "json":
-        return JSONResponse({"text": transcript.text, "usage": usage(transcript)})
-    if wanted.form == "verbose_json":
-        return JSONResponse(verbose(transcript, wanted))
+    if wanted.form in ("json", "verbose_json"):
+        return JSONResponse(answer(transcript, wanted))
     by_word = wanted.granularities == {"word"}
     write = FORMATS["txt" if wanted.form == "text" else wanted.form]
     return PlainTextResponse(write(transcript, by_word, ""), media_type=MEDIA[wanted.form])
+
+
+def answer(transcript, wanted):
+    """json or verbose_json, as plain data."""
+    if wanted.form == "json":
+        return {"text": transcript.text, "usage": usage(transcript)}
+    return verbose(transcript, wanted)
 
 
 def verbose(transcript, wanted):
@@ -71,9 +85,13 @@ def verbose(transcript, wanted):
     if "segment" in wanted.granularities:
         fields["segments"] = segments(transcript)
     if "word" in wanted.granularities:
-        words = [rounded(w) for w in transcript.words]
-        fields["words"] = [{"word": w.pop("text"), **w} for w in words]
+        fields["words"] = words_of(transcript.words)
     return fields
+
+
+def words_of(words):
+    """Words with the API's name of their text."""
+    return [{"word": w.pop("text"), **w} for w in map(rounded, words)]
 
 
 def segments(transcript):

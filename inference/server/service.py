@@ -14,7 +14,8 @@ import torch
 from inference.server.batching import Batcher
 from inference.server.limits import Limits, RefusedError
 from inference.server.metrics import Metrics
-from inference.streaming import StreamingRecognizer, check_streams
+from inference.streaming import StreamingRecognizer
+from inference.streaming_ctc import check_streams
 from modules.errors import UserError
 
 log = logging.getLogger("mamba_asr.server")
@@ -107,9 +108,11 @@ class Service:
             self.open[kind] -= 1
             gauge.dec()
 
-    def stream(self):
+    def stream(self, endpoint_seconds=None):
         """A new live stream; the weights are shared."""
-        return StreamingRecognizer(self.recognizer, history=False)
+        return StreamingRecognizer(
+            self.recognizer, endpoint_seconds=endpoint_seconds, history=False
+        )
 
     async def in_stream(self, function, *arguments):
         """Call in a thread of the streams, and count the seconds."""

@@ -1,6 +1,7 @@
 """WS /v1/stream: samples come in binary messages, partial and final text goes back as JSON.
 
-client  {"type": "start", "sample_rate": 48000, "format": "s16le"}     then samples, mono
+client  {"type": "start", "sample_rate": 48000, "format": "s16le", "endpoint_seconds": 0.8}
+        and samples, mono
 server  {"type": "ready", ...}
 server  {"type": "partial" | "final", "text", "start", "end", "words"} as often as there is news
 client  {"type": "finish"}
@@ -28,6 +29,7 @@ FORMATS = {"s16le": (torch.int16, 2**15), "f32le": (torch.float32, 1)}
 # Closing codes of RFC 6455 for what HTTP has a status for.
 CODES = {400: 1007, 401: 1008, 408: 1008, 415: 1003, 500: 1011, 503: 1013}
 RESTART = 1012
+ENDPOINT = 0.8  # s of a pause that ends a segment, unless the client says otherwise
 LONGEST_REASON = 123  # bytes
 
 
@@ -97,12 +99,17 @@ class Session:
             raise RefusedError(
                 400, f"format={self.format!r} is unknown; give {' or '.join(FORMATS)}"
             )
+        self.endpoint = start.get("endpoint_seconds", ENDPOINT)
+        if type(self.endpoint) not in (int, float) or not 0 <= self.endpoint < float("inf"):
+            raise RefusedError(
+                400, f"endpoint_seconds={self.endpoint!r} is no pause; give {ENDPOINT}, or 0: none"
+            )
         self.resampler = Resampler(self.rate, service.recognizer.sample_rate, PACKET)
         self.heard, self.shown = 0, ""
 
     async def run(self):
         """Hear until the client finishes or leaves, or the server goes down."""
-        self.stream = await self.service.in_stream(self.service.stream)
+        self.stream = await self.service.in_stream(self.service.stream, self.endpoint or None)
         await self.socket.send_json(
             {
                 "type": "ready",

@@ -8,9 +8,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
+from inference.audio import EmptyAudioError
 from inference.server.limits import MB, RefusedError
+from modules.errors import UserError
 
 ROOM = 64 * 1024  # bytes of a form besides its file
 
@@ -59,16 +62,21 @@ async def parsed(request, limits):
             raise too_large(limits)
         return message
 
-    return await Request(request.scope, receive).form(max_files=1, max_fields=50)
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise no_form("the content type is not multipart/form-data")
+    try:
+        return await Request(request.scope, receive).form(max_files=1, max_fields=50)
+    except HTTPException as error:
+        raise no_form(error.detail) from None
+    except ValueError as error:  # of a charset that is none of text
+        raise no_form(error) from None
 
 
 def store(form, limits, folder, stack):
     """Write the form's file to a path of its own, which the stack removes."""
     file = form.get("file")
     if file is None or isinstance(file, str):
-        raise RefusedError(
-            400, "there is no file; give the recording as the field file of a multipart form"
-        )
+        raise no_form("there is no field file with a file name")
     if file.size > limits.upload:
         raise too_large(limits)
     if not file.size:
@@ -80,8 +88,19 @@ def store(form, limits, folder, stack):
             shutil.copyfileobj(file.file, target)
     except OSError as error:
         raise no_room(error) from None
-    fields = [(k, v) for k, v in form.multi_items() if isinstance(v, str)]
-    return Upload(fields, file.filename or "the file", Path(path))
+    fields = [(plain(k), plain(v)) for k, v in form.multi_items() if isinstance(v, str)]
+    return Upload(fields, plain(file.filename) or "the file", Path(path))
+
+
+def plain(text):
+    """Text that can be sent back: some charsets decode to half a character."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def no_form(why):
+    return RefusedError(
+        400, f"this is no form with a recording ({why}); curl -F file=@speech.flac sends one"
+    )
 
 
 def too_large(limits):
@@ -94,6 +113,20 @@ def too_large(limits):
 
 def no_room(error):
     return RefusedError(507, f"this server cannot store the recording: {error.strerror}")
+
+
+@contextlib.contextmanager
+def told(upload, seconds):
+    """What goes wrong with an upload that is heard, as RefusedError in the client's words."""
+    try:
+        yield
+    except asyncio.TimeoutError:
+        raise RefusedError(
+            504, f"it took longer than {seconds:g} s; send shorter recordings"
+        ) from None
+    except UserError as error:
+        status = 422 if isinstance(error, EmptyAudioError) else 415
+        raise RefusedError(status, str(error).replace(str(upload.path), upload.name)) from None
 
 
 async def unless_left(request, work, seconds):

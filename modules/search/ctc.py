@@ -104,9 +104,17 @@ class CTCSearch:
                 self.searcher.decode_log_probs(x, length)[0].text
                 for x, length in zip(log_probs.cpu().numpy(), lengths.tolist(), strict=True)
             ]
-        hypotheses = ctc_beam(log_probs, lengths, blank_index=self.blank_index, **self.pruning)
+        hypotheses = self.tokens(log_probs, lengths)
         texts = ("".join(self.labels[i] for i in ids).replace("\u2581", " ") for ids in hypotheses)
         return [" ".join(text.split()) for text in texts]
+
+    def tokens(self, log_probs, lengths):
+        """Without the n-gram: log_probs (B, T, V), lengths (B,) -> B lists of token ids.
+
+        Spaces at the ends are kept, for who searches a recording piece by piece.
+        """
+        log_probs = forbid(log_probs.detach().float(), self.forbidden)
+        return ctc_beam(log_probs, lengths, blank_index=self.blank_index, **self.pruning)
 
 
 def kenlm_missing():

@@ -1,5 +1,6 @@
 """Windows hold all of a recording, in bounded memory, and their words join without loss."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from inference.transcript import Word
-from inference.windows import SAME, join, limits, windows
+from inference.windows import SAME, Window, join, joined, limits, moved, settled, windows
 from modules.errors import UserError
 
 RATE = 16000
@@ -95,6 +96,22 @@ def test_a_seam_loses_and_doubles_nothing(texts):
         joined = join(before, after, start, end)
         assert [w.text for w in joined] == texts
         assert all(a.end < b.start + 2 * 0.06 for a, b in pairwise(joined))
+
+
+def test_settled_words_stay():
+    random, words, most = np.random.default_rng(0), spoken("ABCDEFGHIJKL"), 0
+    for _ in range(300):
+        length, shared = int(random.uniform(2, 4) * RATE), int(random.uniform(0.8, 2) * RATE)
+        window = Window(0, np.zeros(length, np.float32), 0, shared)
+        after = Window(length - shared, np.zeros(4 * RATE, np.float32), shared)
+        before = jittered([w for w in words if w.end <= length / RATE], random)
+        heard = [w for w in words if w.start >= after.start / RATE]
+        new = moved(jittered(heard, random), -after.start / RATE)
+        count = settled(before, window, RATE)
+        assert joined(before, after, new, RATE)[:count] == before[:count]
+        most = max(most, count)
+        assert settled(before, replace(window, shared=0), RATE) == len(before)
+    assert most > 5
 
 
 def test_half_a_word_at_an_edge_goes():

@@ -58,3 +58,15 @@ def said(text, before=0.0, after=0.0, noise=0.003, seed=0):
     parts = [np.zeros(int(before * RATE)), runs.speak(text), np.zeros(int(after * RATE))]
     x = np.concatenate(parts)
     return (x + noise * np.random.default_rng(seed).standard_normal(len(x))).astype(np.float32)
+
+
+def hypotheses(run):
+    """What a run's test stage heard: {utterance: text}, from its wer_<test set>.txt."""
+    texts = {}
+    for path in sorted(Path(run).glob("wer_*.txt")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for i, line in enumerate(lines):
+            if ", %WER " in line and line[0] != "<":
+                words = [w.strip() for w in lines[i + 3].split(";")]
+                texts[line.partition(",")[0]] = " ".join(w for w in words if w != "<eps>")
+    return texts

@@ -140,7 +140,9 @@ def metric(url, name):
 def form(content, name="a.wav", boundary="sep", **fields):
     """A multipart body and its content type."""
     parts = [
-        f'--{boundary}\r\ncontent-disposition: form-data; name="{k}"\r\n\r\n{v}\r\n'.encode()
+        f'--{boundary}\r\ncontent-disposition: form-data; name="{k}"\r\n\r\n{v}\r\n'.encode(
+            "utf-8", "replace"
+        )
         for k, v in fields.items()
     ]
     head = f'--{boundary}\r\ncontent-disposition: form-data; name="file"; filename="{name}"\r\n\r\n'

@@ -79,7 +79,7 @@ def test_the_server_and_what_is_asked_of_it(place):
         programs = [
             block for language, block in FENCE.findall(PAGE.read_text()) if language == "python"
         ]
-        assert len(programs) == 2
+        assert len(programs) == 3
         for program in programs:
             out = run([sys.executable, "-c", program.replace("8000", str(port))], place)
             assert all(word in out for text in TEXTS for word in text.split())

@@ -10,10 +10,11 @@ import torch
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from inference import StreamingRecognizer
+from inference import Recognizer, StreamingRecognizer
 from inference.audio import resampled
 from inference.server.limits import Limits
-from tests.recipes.causal import speech
+from tests.recipes import agreement
+from tests.recipes.causal import chunked_package, speech
 from tests.recipes.packages import RATE
 from tests.server import servers
 from tests.server.servers import metric, served, shared, until
@@ -83,6 +84,31 @@ def test_floats_of_another_rate():
     assert found[-1]["duration"] == pytest.approx(len(x) / RATE, abs=0.01)
 
 
+def test_a_chunked_model_hears_what_one_pass_in_its_chunks_hears():
+    chunked = Recognizer.from_folder(chunked_package(), "cpu")
+    x, texts = speech(4, gap=0.6)
+    pcm = raw(x)
+    heard = torch.frombuffer(bytearray(pcm), dtype=torch.int16).float() / 2**15
+    expected = StreamingRecognizer(chunked, endpoint_seconds=None)
+    expected.push(heard)
+    text = expected.finish().text
+    assert text == agreement.one_pass(chunked, heard) == " ".join(texts)
+    with served(chunked) as service:
+        for packet in (320, 7777 * 2, len(pcm)):
+            found = finals(stream(service.url, pcm, packet, endpoint_seconds=0))
+            assert found == [text]
+        with opened(service.url) as socket:
+            ready = start(socket)
+        assert ready["chunk_seconds"] == pytest.approx(8 * 0.04)
+        assert ready["lookahead_seconds"] > 2 * 0.04
+
+
+def test_a_pause_ends_a_segment_when_the_client_says_so():
+    x, texts = speech(3)
+    assert finals(stream(shared().url, raw(x), endpoint_seconds=0)) == [" ".join(texts)]
+    assert finals(stream(shared().url, raw(x), endpoint_seconds=0.8)) == texts
+
+
 def test_text_comes_while_audio_comes():
     x, texts = speech(1)
     with opened(shared().url) as socket:
@@ -126,6 +152,8 @@ def test_a_model_that_cannot_stream(monkeypatch):
         (['{"type": "start", "sample_rate": 16}'], 1007, "sample_rate=16 is no rate of speech"),
         (['{"type": "start", "sample_rate": "x"}'], 1007, "sample_rate=x is no rate of speech"),
         (['{"type": "start", "format": "mp3"}'], 1007, "format='mp3' is unknown"),
+        (['{"type": "start", "endpoint_seconds": -1}'], 1007, "endpoint_seconds=-1 is no pause"),
+        (['{"type": "start", "endpoint_seconds": NaN}'], 1007, "endpoint_seconds=nan is no pause"),
         (['{"type": "start"}', b"\0"], 1007, "1 bytes are no whole number of s16le samples"),
         (['{"type": "start"}', '{"type": "end"}'], 1007, "send samples in binary messages"),
         (['{"type": "start"}', "[]"], 1007, "send samples in binary messages"),
@@ -152,7 +180,7 @@ def test_a_model_that_fails(monkeypatch):
 
     with served() as service, opened(service.url) as socket:
         assert start(socket)["type"] == "ready"
-        monkeypatch.setattr("inference.streaming.StreamingCTC.advance", advance)
+        monkeypatch.setattr("inference.streaming_ctc.StreamingCTC.advance", advance)
         socket.send(bytes(2 * RATE))
         assert rest(socket)[1:] == (1011, "the model failed; the server's log tells how")
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import shutil
+import threading
 from difflib import SequenceMatcher
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import soundfile as sf
 import srt
 
+from inference.through import Through
 from tests.recipes.causal import speech
 from tests.recipes.packages import RATE, SENTENCES, said
-from tests.server.servers import recognizer, served, shared, until
+from tests.server.servers import WAIT, recognizer, served, shared, until
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -91,10 +93,14 @@ def keys(page, *pressed):
         webdriver.ActionChains(page, duration=0).send_keys(key).perform()
 
 
-def drop(page, text, name="talk.wav", **silence):
+def send(page, x, name="talk.wav"):
     file = io.BytesIO()
-    sf.write(file, said(text, **silence), RATE, format="WAV")
+    sf.write(file, x, RATE, format="WAV")
     page.execute_script(DROP, base64.b64encode(file.getvalue()).decode(), name)
+
+
+def drop(page, text, name="talk.wav", **silence):
+    send(page, said(text, **silence), name)
     until(lambda: " words in " in find(page, "#status").text)
     until(lambda: texts(page, ".track .words span"))
 
@@ -137,6 +143,31 @@ def test_a_dropped_file(page, downloads):
     (cue,) = saved(page, downloads / "talk.srt")
     assert cue.content == SENTENCES[0]
     assert cue.end.total_seconds() == pytest.approx(1.44, abs=0.1)
+
+
+def test_text_shows_while_a_file_is_heard(browser, monkeypatch):
+    whole, go = Through.push, threading.Event()
+
+    def push(self, samples):
+        assert self.seconds < 4 or go.wait(WAIT)
+        whole(self, samples)
+
+    monkeypatch.setattr(Through, "push", push)
+    monkeypatch.setattr(recognizer(), "whole_seconds", 60)
+    x, sentences = speech(3)
+    words = " ".join(sentences).split()
+    with served() as service:
+        page = opened(browser, service.url)
+        send(page, x)
+        until(lambda: texts(page, "#text span"))
+        shown = texts(page, "#text span")
+        assert 0 < len(shown) < len(words) and shown == words[: len(shown)]
+        assert texts(page, ".track .words span") == shown
+        assert "Transcribing" in find(page, "#status").text
+        assert find(page, "#srt").get_attribute("aria-disabled") == "true"
+        go.set()
+        until(lambda: f"{len(words)} words in" in find(page, "#status").text)
+        assert texts(page, "#text span") == words and not texts(page, "#text .maybe")
 
 
 def test_a_chosen_file_that_is_no_sound(page, tmp_path):

@@ -99,8 +99,10 @@ async function open(file, name = file.name) {
   say(`Transcribing ${name} …`);
   peaksOf(file).then((peaks) => peaks && shown.name === name && wave.set({ peaks, duration: peaks.length / 100 }));
   cancel = new AbortController();
+  const { signal } = cancel;
+  const more = ({ words, maybe }) => !signal.aborted && show({ words: [...shown.words, ...words], maybe });
   try {
-    finish(await transcribe(file, name, $("key").value, cancel.signal));
+    finish(await transcribe(file, name, $("key").value, signal, more));
   } catch (error) {
     if (error.name !== "AbortError") fail(error);
   }
@@ -108,7 +110,7 @@ async function open(file, name = file.name) {
 
 function finish(found) {
   wave.set({ duration: found.duration });
-  show({ words: found.words, segments: found.segments });
+  show({ words: found.words, segments: found.segments, maybe: [] });
   say(found.text ? `${found.words.length} words in ${found.duration.toFixed(1)} s of audio.` : "No words were heard.");
 }
 

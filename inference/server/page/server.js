@@ -1,17 +1,36 @@
 // What the page asks of the server.
 
-// A file -> its transcript with words and segments; Error with the server's reason.
-export async function transcribe(file, name, key, signal) {
+// A file -> its transcript with words and segments; Error with the server's reason. While it is
+// heard, `heard` gets the words that are new and stay, and those after them that may still change.
+export async function transcribe(file, name, key, signal, heard) {
   const form = new FormData();
   form.append("file", file, name);
+  form.append("stream", "true");
   form.append("response_format", "verbose_json");
   form.append("timestamp_granularities[]", "word");
   form.append("timestamp_granularities[]", "segment");
   const headers = key ? { authorization: `Bearer ${key}` } : {};
   const answer = await fetch("/v1/audio/transcriptions", { method: "POST", body: form, headers, signal });
-  const found = await answer.json();
-  if (!answer.ok) throw new Error(found.error.message);
-  return found;
+  if (!answer.ok) throw new Error((await answer.json()).error.message);
+  for await (const event of events(answer.body)) {
+    if (event.error) throw new Error(event.error.message);
+    if (event.type === "transcript.text.done") return event;
+    heard(event);
+  }
+  throw new Error("the connection broke off");
+}
+
+// Server-sent events, one JSON object each.
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const parts = (text + value).split("\n\n");
+    text = parts.pop();
+    for (const part of parts) yield JSON.parse(part.replace(/^data: /, ""));
+  }
 }
 
 // A live stream: send blocks of Int16 samples; `heard` gets partial and final results.
