@@ -376,31 +376,3 @@ def test_cuda_equals_naive_in_double(backend, frames, reverse):
         results.append([x.cpu().double() for x in (y, *gradients)])
     for expected, got in zip(*results, strict=True):
         assert (got - expected).abs().max() <= 1e-4 * expected.abs().max().clamp(min=1)
-
-
-# ---- Exported graphs ----
-
-
-@pytest.mark.parametrize("backend", ["scan", "doubling", "scripted"])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("leave_out", [(), ("D", "z", "dt_bias", "initial_state")], ids=str)
-@pytest.mark.parametrize("frames", [1, 2, 17])
-@torch.no_grad()
-def test_backends_of_exported_graphs_equal_naive(backend, reverse, leave_out, frames):
-    leaves = {k: v.detach() for k, v in make(frames, leave_out=leave_out).items()}
-    for lengths in (None, torch.tensor([frames, max(frames - 3, 0), 0])):
-        if lengths is not None:  # what padding holds means nothing
-            for name in ("u", "dt", "B", "C"):
-                padded = torch.arange(frames) >= lengths[:, None]
-                leaves[name] = leaves[name].masked_fill(padded[:, :, None], float("nan"))
-        options = {"reverse": reverse, "lengths": lengths, "dt_softplus": True}
-        options["return_state"] = True
-        expected = selective_scan(**leaves, **options, backend="naive")
-        with scan_package.exporting(backend):
-            got = selective_scan(**leaves, **options, backend="naive")
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
-
-
-def test_backends_of_exported_graphs_have_no_gradient():
-    with pytest.raises(UserError, match="has no gradient"):
-        selective_scan(**make(3), backend="doubling")

@@ -46,7 +46,40 @@ def selective_scan(
         dtype=torch.float64 if u.dtype == torch.float64 else torch.float32,
     )
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if not keep and [chunks for _, chunks, _ in layout.blocks] == [1]:
+        return _scan_one_block(*tensors, dt_softplus, layout)
     return _ChunkedScan.apply(*tensors, dt_softplus, layout, keep)
+
+
+def _scan_one_block(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, layout):
+    """The forward pass of few frames, as a stream has them: a call costs more than its sums."""
+
+    def load(x):
+        x = x.to(layout.dtype)
+        x = x if padding is None else x.masked_fill(padding, 0)
+        return x.flip(1) if layout.reverse else x
+
+    padding = layout.padding
+    with torch.autocast(u.device.type, enabled=False):
+        A_t, u_o, dt_o = A.to(layout.dtype).t(), load(u), dt.to(layout.dtype)
+        if dt_bias is not None:
+            dt_o = dt_o + dt_bias.to(layout.dtype)
+        dt_o = load(nn.functional.softplus(dt_o) if dt_softplus else dt_o)
+        decay = (dt_o.unsqueeze(2) * A_t).exp_()  # (B, T, N, D), like the states
+        states = (dt_o * u_o).unsqueeze(2) * load(B).unsqueeze(3)
+        h = None if initial_state is None else initial_state.to(layout.dtype).transpose(1, 2)
+        for decay_t, state in zip(decay.unbind(1), states.unbind(1), strict=True):
+            if h is not None:
+                state.addcmul_(decay_t, h)
+            h = state
+        y = torch.matmul(load(C).unsqueeze(2), states).squeeze(2)
+        if D is not None:
+            y.addcmul_(u_o, D.to(layout.dtype))
+        y = y.flip(1) if layout.reverse else y
+        if z is not None:
+            y = y.mul_(nn.functional.silu(z.to(layout.dtype)))
+        y = y if padding is None else y.masked_fill_(padding, 0)
+        return y.to(u.dtype), h.transpose(1, 2).clone()
 
 
 def block_shape(device: str, state_size: int, frames: int) -> tuple[int, int]:
