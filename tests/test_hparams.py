@@ -16,6 +16,7 @@ from modules.options import RUN_OPTIONS
 ROOT = Path(__file__).parents[1]
 FILES = sorted(str(p.relative_to(ROOT / "hparams")) for p in ROOT.glob("hparams/*/*.yaml"))
 RECIPES = [name for name in FILES if name.startswith(("CTC", "S2S"))]
+OF_ONE_CORPUS = {"CTC/conmamba_digits_tiny.yaml"}  # what else a file of the family could differ in
 
 # SPEC section 3: millions, with 5000 (S2S) or 31 (CTC) tokens.
 PUBLISHED = {
@@ -128,7 +129,7 @@ def test_old_keys(name):
 
 def families():
     """Pairs of files of one recipe and size."""
-    for a, b in combinations(RECIPES, 2):
+    for a, b in combinations(sorted(set(RECIPES) - OF_ONE_CORPUS), 2):
         if a[:3] == b[:3] and a.rpartition("_")[2] == b.rpartition("_")[2]:
             yield a, b
 
@@ -141,7 +142,7 @@ def test_files_of_one_size_differ_in_their_variant_alone(a, b):
 
 
 def test_families_cover_every_recipe():
-    assert {name for pair in families() for name in pair} == set(RECIPES)
+    assert {name for pair in families() for name in pair} == set(RECIPES) - OF_ONE_CORPUS
 
 
 @functools.cache
