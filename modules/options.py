@@ -36,7 +36,8 @@ LIST_OPTIONS = ("jit_module_keys", "compile_module_keys")
 PRECISIONS = ("fp32", "bf16", "fp16")
 POSITIVE = (
     "number_of_epochs batch_size test_batch_size avg_checkpoints grad_accumulation_factor "
-    "max_batch_length_train max_batch_length_val max_batch_ex num_buckets n_warmup_steps total_steps "
+    "max_batch_length_train max_batch_length_val max_batch_ex num_buckets n_warmup_steps "
+    "total_steps "
     "max_nonfinite_steps shard_streams shard_window max_batch_tokens max_tokens num_layers "
     "d_model num_encoder_layers num_decoder_layers d_ffn d_state expand d_conv nhead kernel_size "
     "cnn_channels_1 cnn_channels_2 output_neurons valid_search_interval valid_beam_size "
