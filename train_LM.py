@@ -80,8 +80,6 @@ def check_texts(hparams):
 
 def run(path, hparams, run_opts, overrides):
     folder = Path(hparams["output_folder"])
-    if "lm" not in hparams:
-        raise UserError(f"{path} makes no language model; give a file of hparams/LM")
     check_texts(hparams)
     sb.create_experiment_directory(folder)
     prepare_tokenizer(hparams)
@@ -144,7 +142,7 @@ def summary(path, hparams, brain, train):
 
 
 def main(argv):
-    locked(argv, run)
+    locked(argv, "train_LM.py", run)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ from modules import launch
 from modules.data import load_manifest
 from modules.errors import UserError
 from modules.language_model import check_units, load_language_model
+from modules.recipe import script_of
 from modules.search import CTCSearch
 from modules.tensors import load_tensors
 from modules.waveforms import Batch, Unread, read_audio
 
+RECIPES = {"train_CTC.py": train_CTC, "train_S2S.py": train_S2S}
 EXAMPLES = """
 examples:
   python tune.py results/CTC/conmamba_small/3402 --lm 3-gram.arpa --lm_weight 0.3,0.6,0.9 \\
@@ -102,7 +104,9 @@ def load(arguments):
     if arguments.device:
         options += [f"--device={arguments.device}"]
     _, hparams, run_opts, _ = launch.start([str(run / "hyperparams.yaml"), *options])
-    recipe = train_S2S if "decoder" in hparams else train_CTC
+    if (script := script_of(hparams)) not in RECIPES:
+        raise UserError(f"{run} is a run of {script}; give one of {' or '.join(RECIPES)}")
+    recipe = RECIPES[script]
     if recipe is train_S2S:
         hparams["tokenizer"].load(Path(hparams["save_folder"]) / "tokenizer.model")
     brain = recipe.ASR(hparams, run_opts)

@@ -82,6 +82,7 @@ def test_s2s_weights(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["LM", "--lm", "ARPA"], "is a run of train_LM.py"),
         (["nowhere"], "nowhere holds no hyperparams.yaml"),
         (["RUN", "--lm", "ARPA", "--splits", "test-a"], "test-a is a test set"),
         (
@@ -101,6 +102,8 @@ def test_mistakes_are_told(arpa, tmp_path, arguments, message):
     shutil.copytree(trained("ctc")[0], run)
     manifest = (run / "dev.csv").read_text()
     (run / "gone.csv").write_text(manifest.replace(str(runs.corpus()), "/gone"))
-    places = {"RUN": run, "ARPA": arpa, "BAD": tmp_path / "bad.pt"}
+    (tmp_path / "lm").mkdir()
+    shutil.copyfile(runs.ROOT / "hparams/LM/mamba.yaml", tmp_path / "lm/hyperparams.yaml")
+    places = {"LM": tmp_path / "lm", "RUN": run, "ARPA": arpa, "BAD": tmp_path / "bad.pt"}
     with pytest.raises(UserError, match=message):
         call(*[places.get(a, a) for a in arguments])
