@@ -128,6 +128,11 @@ def check_options(arguments, joint):
             raise UserError(f"--ctc_weight_decode {weight} is not in [0, 1)")
     if arguments.encoded and arguments.save:
         raise UserError("--save and --encoded: give one of them")
+    if arguments.save and not Path(arguments.save).absolute().parent.is_dir():
+        raise UserError(f"--save {arguments.save}: there is no such folder; make it first")
+    for name in ("utterances", "beam"):
+        if (number := getattr(arguments, name)) is not None and number < 1:
+            raise UserError(f"--{name} {number} must be at least 1")
 
 
 def split_names(arguments, hparams):
@@ -156,8 +161,7 @@ def encoded(arguments, brain):
     for name in names:
         dataset = load_manifest(Path(arguments.run) / f"{name}.csv", vars(hparams))
         rows += dataset.data.values()
-    if arguments.utterances:
-        rows = rows[:: max(1, len(rows) // arguments.utterances)][: arguments.utterances]
+    rows = spread(rows, arguments.utterances)
     rows.sort(key=lambda row: float(row["duration"]))
     found = {"x": [], "texts": [], "joint": hasattr(hparams, "decoder")}
     size = hparams.test_batch_size
@@ -169,6 +173,13 @@ def encoded(arguments, brain):
             f"{arguments.run} say; bring the audio back there"
         )
     return found
+
+
+def spread(rows, number):
+    """So many of the rows, from the first to the last; None: all."""
+    if number is None or number >= len(rows):
+        return rows
+    return [rows[i * len(rows) // number] for i in range(number)]
 
 
 @torch.no_grad()
@@ -200,6 +211,9 @@ def read_encoded(path, brain):
         raise UserError(f"--encoded {path} is not what --save writes")
     if found["joint"] != hasattr(brain.hparams, "decoder"):
         raise UserError(f"--encoded {path} is of another kind of model than the run")
+    width = brain.modules.ctc_head.weight.shape[0 if not found["joint"] else 1]
+    if any(x.shape[-1] != width for x in found["x"]):
+        raise UserError(f"--encoded {path} is of a model of another size than the run's")
     return found
 
 
