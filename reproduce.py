@@ -8,7 +8,7 @@ from pathlib import Path
 
 from inference.report.commands import joined
 from inference.report.rerun import compare, compare_means, filled, measured, run_commands
-from inference.report.results import RESULTS, read_results, rows_of, table_of
+from inference.report.results import RESULTS, ROOT, read_results, rows_of, table_of
 from inference.report.rows import commit
 from inference.report.tables import PAGE, write_tables
 from modules.errors import UserError
@@ -125,9 +125,10 @@ def rerun(number, row, arguments):
     if unknown := [s for s in chosen if s not in seeds]:
         raise UserError(f"--seed {unknown[0]}: row {number} has {', '.join(map(str, seeds))}")
     every, told = {}, []
+    data, place = as_seen_here(arguments.data_folder), as_seen_here(arguments.output)
     for seed in chosen:
-        output = Path(arguments.output) / arguments.table / str(number) / str(seed)
-        commands = filled(row, seed, Path(arguments.data_folder), output, arguments.more)
+        output = place / arguments.table / str(number) / str(seed)
+        commands = filled(row, seed, data, output, arguments.more)
         for words in commands:
             print(joined(words), flush=True)
         if arguments.dry_run:
@@ -143,6 +144,11 @@ def rerun(number, row, arguments):
     for text, _ in told:
         print(text)
     return all(agrees is not False for _, agrees in told)
+
+
+def as_seen_here(path):
+    """A path of the command line, for commands that run in the checkout."""
+    return Path(path) if Path.cwd() == ROOT else Path(path).absolute()
 
 
 def note_commit(row, seed):

@@ -78,7 +78,7 @@ def dataio_prepare(hparams):
 
 
 def main(argv):
-    run_recipe(argv, ASR, dataio_prepare)
+    run_recipe(argv, "train_CTC.py", ASR, dataio_prepare)
 
 
 if __name__ == "__main__":

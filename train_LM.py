@@ -13,14 +13,14 @@ from pathlib import Path
 import speechbrain as sb
 from speechbrain.utils.distributed import if_main_process
 
-from inference.resolved import Resolved
 from modules import launch
 from modules.errors import UserError
-from modules.language_model import DESCRIPTION, find_tokenizer
+from modules.language_model import CLASSES, DESCRIPTION, find_tokenizer
 from modules.lm.brain import LMBrain
 from modules.lm.data import eval_loader_options, load_sentences, train_loader_options
 from modules.lm.text import files_of, read_sentences
 from modules.recipe import locked, save_hyperparams
+from modules.resolved import ResolvedYAML
 
 HELP = """Train a language model and its tokenizer.
 
@@ -80,8 +80,6 @@ def check_texts(hparams):
 
 def run(path, hparams, run_opts, overrides):
     folder = Path(hparams["output_folder"])
-    if "lm" not in hparams:
-        raise UserError(f"{path} makes no language model; give a file of hparams/LM")
     check_texts(hparams)
     sb.create_experiment_directory(folder)
     prepare_tokenizer(hparams)
@@ -112,7 +110,7 @@ def run(path, hparams, run_opts, overrides):
 
 def describe(folder):
     """Write how the model is built, as plain data: recognisers read it without the YAML file."""
-    model = Resolved(folder / "hyperparams.yaml").value("lm")
+    model = ResolvedYAML(folder / "hyperparams.yaml", CLASSES).value("lm")
     beside = folder / f"{DESCRIPTION}.partial"
     beside.write_text(json.dumps(model, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, folder / DESCRIPTION)
@@ -144,7 +142,7 @@ def summary(path, hparams, brain, train):
 
 
 def main(argv):
-    locked(argv, run)
+    locked(argv, "train_LM.py", run)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def dataio_prepare(hparams):
 
 
 def main(argv):
-    run_recipe(argv, ASR, dataio_prepare)
+    run_recipe(argv, "train_S2S.py", ASR, dataio_prepare)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ from modules import launch
 from modules.data import load_manifest
 from modules.errors import UserError
 from modules.language_model import check_units, load_language_model
+from modules.recipe import script_of
 from modules.search import CTCSearch
 from modules.tensors import load_tensors
 from modules.waveforms import Batch, Unread, read_audio
 
+RECIPES = {"train_CTC.py": train_CTC, "train_S2S.py": train_S2S}
 EXAMPLES = """
 examples:
   python tune.py results/CTC/conmamba_small/3402 --lm 3-gram.arpa --lm_weight 0.3,0.6,0.9 \\
@@ -102,7 +104,9 @@ def load(arguments):
     if arguments.device:
         options += [f"--device={arguments.device}"]
     _, hparams, run_opts, _ = launch.start([str(run / "hyperparams.yaml"), *options])
-    recipe = train_S2S if "decoder" in hparams else train_CTC
+    if (script := script_of(hparams)) not in RECIPES:
+        raise UserError(f"{run} is a run of {script}; give one of {' or '.join(RECIPES)}")
+    recipe = RECIPES[script]
     if recipe is train_S2S:
         hparams["tokenizer"].load(Path(hparams["save_folder"]) / "tokenizer.model")
     brain = recipe.ASR(hparams, run_opts)
@@ -124,6 +128,11 @@ def check_options(arguments, joint):
             raise UserError(f"--ctc_weight_decode {weight} is not in [0, 1)")
     if arguments.encoded and arguments.save:
         raise UserError("--save and --encoded: give one of them")
+    if arguments.save and not Path(arguments.save).absolute().parent.is_dir():
+        raise UserError(f"--save {arguments.save}: there is no such folder; make it first")
+    for name in ("utterances", "beam"):
+        if (number := getattr(arguments, name)) is not None and number < 1:
+            raise UserError(f"--{name} {number} must be at least 1")
 
 
 def split_names(arguments, hparams):
@@ -152,8 +161,7 @@ def encoded(arguments, brain):
     for name in names:
         dataset = load_manifest(Path(arguments.run) / f"{name}.csv", vars(hparams))
         rows += dataset.data.values()
-    if arguments.utterances:
-        rows = rows[:: max(1, len(rows) // arguments.utterances)][: arguments.utterances]
+    rows = spread(rows, arguments.utterances)
     rows.sort(key=lambda row: float(row["duration"]))
     found = {"x": [], "texts": [], "joint": hasattr(hparams, "decoder")}
     size = hparams.test_batch_size
@@ -165,6 +173,13 @@ def encoded(arguments, brain):
             f"{arguments.run} say; bring the audio back there"
         )
     return found
+
+
+def spread(rows, number):
+    """So many of the rows, from the first to the last; None: all."""
+    if number is None or number >= len(rows):
+        return rows
+    return [rows[i * len(rows) // number] for i in range(number)]
 
 
 @torch.no_grad()
@@ -196,6 +211,9 @@ def read_encoded(path, brain):
         raise UserError(f"--encoded {path} is not what --save writes")
     if found["joint"] != hasattr(brain.hparams, "decoder"):
         raise UserError(f"--encoded {path} is of another kind of model than the run")
+    width = brain.modules.ctc_head.weight.shape[0 if not found["joint"] else 1]
+    if any(x.shape[-1] != width for x in found["x"]):
+        raise UserError(f"--encoded {path} is of a model of another size than the run's")
     return found
 
 

@@ -1,4 +1,4 @@
-"""New strings of the words that were recorded: python -m demo.recombine data/digits data/more
+"""New strings of recorded words: python -m demo.recombine digits/train-clean-100 digits/recombined
 
 For speech of separate words, as strings of digits are, with silence between them: it is cut there,
 and the words are put together anew, as one speaker's or as several speakers' strings. A model
@@ -10,13 +10,15 @@ import os
 import random
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor
+import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
+from demo.processes import map_in_processes
 from modules.errors import UserError
 
 HOP = 0.005  # s
@@ -24,7 +26,6 @@ SHORTEST_GAP, SHORTEST_WORD = 0.05, 0.04  # s
 LEVELS = (-80, -78, -82, -75, -70, -65, -60, -55, -50)  # dB, what is silence, until it fits
 CHAPTER = 100  # utterances
 EVERYBODY = 99999  # the speaker of strings by several
-FIRST = 1001  # chapter; recordings have lower numbers
 
 
 def read_words(folder):
@@ -32,8 +33,10 @@ def read_words(folder):
     words, rates, unclear = {}, set(), 0
     for path in sorted(Path(folder).glob("*/*/*.trans.txt")):
         for line in path.read_text(encoding="utf-8").splitlines():
+            if not line.strip():
+                continue
             name, *text = line.split()
-            samples, rate = sf.read(path.parent / f"{name}.flac", dtype="float32")
+            samples, rate = read_mono(path.parent / f"{name}.flac")
             rates.add(rate)
             spans = cut(samples, rate, len(text))
             unclear += spans is None
@@ -47,6 +50,17 @@ def read_words(folder):
     if len(rates) > 1:
         raise UserError(f"{folder} has several sample rates, {sorted(rates)} Hz; resample it first")
     return words, rates.pop(), unclear
+
+
+def read_mono(path):
+    """Samples (N,) and Hz; UserError for what is no recording of one channel."""
+    try:
+        samples, rate = sf.read(path, dtype="float32")
+    except (OSError, sf.LibsndfileError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if samples.ndim > 1:
+        raise UserError(f"{path} has {samples.shape[1]} channels; give one")
+    return samples, rate
 
 
 def cut(samples, rate, count):
@@ -92,20 +106,18 @@ def resample(samples, factor):
     return (np.fft.irfft(spectrum, length) * length / len(samples)).astype(np.float32)
 
 
-def write_chapter(folder, words, rate, seed, options):
-    """CHAPTER utterances and their transcripts: seconds. The folder appears when it is whole."""
+def write_chapter(rate, options, chapter):
+    """Utterances and their transcripts: seconds. chapter: (folder, words, how many, seed)."""
+    folder, words, count, seed = chapter
     rng, seconds, lines = random.Random(seed), 0.0, []
-    partial = Path(f"{folder}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.mkdir(parents=True)
     name = f"{folder.parent.name}-{folder.name}"
-    for i in range(CHAPTER):
+    for i in range(count):
         text, samples = string(words, rate, rng, **options)
-        sf.write(partial / f"{name}-{i:04d}.flac", np.clip(samples, -1, 1), rate)
+        sf.write(folder / f"{name}-{i:04d}.flac", np.clip(samples, -1, 1), rate)
         lines.append(f"{name}-{i:04d} {text}\n")
         seconds += len(samples) / rate
-    (partial / f"{name}.trans.txt").write_text("".join(lines), encoding="utf-8")
-    os.rename(partial, folder)
+    (folder / f"{name}.trans.txt").write_text("".join(lines), encoding="utf-8")
     return seconds
 
 
@@ -114,26 +126,58 @@ def recombine(source, output, utterances, mixed, seed, workers, **options):
 
     mixed : share of the strings whose words come from several speakers
     options : (low, high) of length, words of a string; gap, seconds between words; speed, of a word
+    The folder appears when it is complete. Its chapters' numbers follow its name, so that several
+    such splits, with their recordings, can be one training set.
+    UserError for options that cannot be met and for a source without separate words.
     """
-    output = Path(output)
+    check(utterances, mixed, **options)
+    output = Path(os.path.abspath(output))
     if output.exists():
         raise UserError(f"{output} exists; give a new folder, or remove it")
     words, rate, unclear = read_words(source)
     if unclear:
         print(f"{unclear} utterances whose words run together are left out", file=sys.stderr)
+    beside = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    chapters = list(share_out(words, beside, first_chapter(output.name), utterances, mixed, seed))
+    seconds = 0.0
+    with tqdm(total=utterances, unit=" utterances", disable=not sys.stderr.isatty()) as progress:
+        work = partial(write_chapter, rate, options)
+        for (_, _, count, _), length in map_in_processes(work, chapters, workers):
+            seconds += length
+            progress.update(count)
+    os.rename(beside, output)
+    return seconds / 3600
+
+
+def share_out(words, folder, first, utterances, mixed, seed):
+    """Yield (folder, words, number of utterances, seed) of each chapter."""
     rng, everything = random.Random(seed), [w for own in words.values() for w in own]
-    jobs = []
-    for i in range(-(-utterances // CHAPTER)):
+    for i, start in enumerate(range(0, utterances, CHAPTER)):
         speaker = EVERYBODY if rng.random() < mixed else rng.choice(sorted(words))
         own = everything if speaker == EVERYBODY else words[speaker]
-        folder = output.with_name(f"{output.name}.partial") / str(speaker) / str(FIRST + i)
-        jobs.append((folder, own, rate, rng.getrandbits(32), options))
-    shutil.rmtree(output.with_name(f"{output.name}.partial"), ignore_errors=True)
-    with ProcessPoolExecutor(workers) as pool:
-        done = pool.map(write_chapter, *zip(*jobs, strict=True))
-        seconds = sum(tqdm(done, total=len(jobs), disable=not sys.stderr.isatty()))
-    os.rename(output.with_name(f"{output.name}.partial"), output)
-    return seconds / 3600
+        count = min(CHAPTER, utterances - start)
+        yield folder / str(speaker) / str(first + i), own, count, rng.getrandbits(32)
+
+
+def first_chapter(split):
+    """Seven digits and more, which no chapter of recordings has; others for every name."""
+    return 1_000_000 + 100_000 * (zlib.crc32(split.encode()) % 9000)
+
+
+def check(utterances, mixed, length, gap, speed):
+    """UserError for what cannot be meant."""
+    if not 1 <= utterances <= 1_000_000:
+        raise UserError(f"utterances={utterances}: expected 1 to 1,000,000")
+    if not 0 <= mixed <= 1:
+        raise UserError(f"mixed={mixed} is a share of all, so between 0 and 1")
+    for name, (low, high), least in (
+        ("length", length, 1),
+        ("gap", gap, 0.0),
+        ("speed", speed, 0.1),
+    ):
+        if not least <= low <= high:
+            raise UserError(f"{name}={low} {high}: expected {least} or more, the lower first")
 
 
 def main(argv=None):
@@ -141,8 +185,8 @@ def main(argv=None):
         prog="python -m demo.recombine",
         description=__doc__.partition("\n\n")[2],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Then: python train_CTC.py ... --data_folder of both --train_splits "
-        '"[train-clean-100,recombined]"',
+        epilog='Then: python train_CTC.py ... --train_splits "[train-clean-100, recombined]"; see '
+        "docs/synthetic.md",
     )
     parser.add_argument("source", help="a split: digits/train-clean-100")
     parser.add_argument("output", help="the split to make: digits/recombined")
@@ -154,12 +198,19 @@ def main(argv=None):
     parser.add_argument("--speed", type=float, default=[0.92, 1.08], help="of a word", **low_high)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="processes; by default one a CPU")
+    args = parser.parse_args(argv)
     try:
-        hours = recombine(**vars(parser.parse_args(argv)))
+        hours = recombine(**vars(args))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{hours:.2f} h")
+    except OSError as error:
+        print(f"error: {error}; once that is mended, give the same command", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    print(f"{args.output}: {hours:.2f} h")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,14 @@
 import re
 from pathlib import Path
 
+from inference.files import NGRAM
 from modules.errors import UserError
 
 # What is read, and nothing that could be run: no src/, interface.py or hyperparams.yaml.
-FILES = ("config.json", "model.ckpt", "normalizer.ckpt", "tokenizer.ckpt", "lm.ckpt", "README.md")
+FILES = (
+    *("config.json", "model.ckpt", "normalizer.ckpt", "tokenizer.ckpt", "lm.ckpt", NGRAM),
+    "README.md",
+)
 NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 
 

@@ -1,13 +1,11 @@
-"""An output folder's hyperparams.yaml to plain data: read as text, nothing in it is executed."""
+"""An output folder's hyperparams.yaml to a package's configuration."""
 
-import contextlib
 from pathlib import Path
-
-import yaml
 
 from inference.files import NGRAM
 from inference.parts import CLASSES, FORMAT, MODEL, build
 from modules.errors import UserError
+from modules.resolved import ResolvedYAML
 from modules.tokenizer import SubwordTokenizer
 
 PARTS = {  # the package's name of a part: the YAML file's
@@ -20,78 +18,17 @@ PARTS = {  # the package's name of a part: the YAML file's
     "seq_head": "seq_head",
     "tokenizer": "tokenizer",
 }
-TAGS = {"!new:": "new", "!name:": "factory"}
-LARGEST = 1 << 16  # bytes of a file: the shipped ones have a sixth of that
-MOST = 10_000  # nodes of a value, its aliases written out
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C bounds its depth
-SEQUENCE, MAPPING = "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
 
 
-class Resolved:
-    """A resolved HyperPyYAML file.
-
-    `value(key)` is a top-level key as plain data, with objects as `inference.parts` reads them.
-    """
+class Resolved(ResolvedYAML):
+    """A training's, with the objects that `inference.parts` reads."""
 
     def __init__(self, path):
-        if (size := Path(path).stat().st_size) > LARGEST:
-            raise UserError(f"{path} has {size} bytes; training writes less than {LARGEST}")
-        try:
-            root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=LOADER)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise UserError(f"{path} is not a YAML file: {error}") from None
-        if not isinstance(root, yaml.MappingNode) or not are_names(root):
-            raise UserError(f"{path} holds no keys; give the file that training wrote")
-        self.path = path
-        self.nodes = {key.value: node for key, node in root.value}
-        self.loader = yaml.SafeLoader("")
+        super().__init__(path, CLASSES)
 
-    def __contains__(self, key):
-        return key in self.nodes
-
-    def value(self, key, named=()):
-        """A key as plain data; `named` parts in it become `{"part": name}`.
-
-        UserError when it is missing, or holds a class that a package cannot name.
-        """
-        if key not in self.nodes:
-            raise UserError(f"{self.path} lacks the key {key}; it is not this project's recipe")
-        nodes = {id(self.nodes[PARTS[name]]): name for name in named if PARTS[name] in self.nodes}
-        self.left = MOST
-        try:
-            return self.plain(self.nodes[key], nodes, key)
-        except RecursionError:
-            raise UserError(f"{self.path}: {key} is nested too deeply; write it plainly") from None
-
-    def plain(self, node, named, key):
-        self.left -= 1
-        if self.left < 0:
-            raise UserError(f"{self.path}: {key} holds over {MOST} values; write it plainly")
-        if id(node) in named:
-            return {"part": named[id(node)]}
-        prefix = next((tag for tag in TAGS if node.tag.startswith(tag)), None)
-        if prefix is not None:
-            return self.plain_object(node, prefix, named, key)
-        if isinstance(node, yaml.SequenceNode) and node.tag == SEQUENCE:
-            return [self.plain(n, named, key) for n in node.value]
-        if isinstance(node, yaml.MappingNode) and node.tag == MAPPING and are_names(node):
-            return {k.value: self.plain(v, named, key) for k, v in node.value}
-        if isinstance(node, yaml.ScalarNode) and not node.tag.startswith("!"):
-            with contextlib.suppress(yaml.YAMLError, ValueError):
-                return self.loader.construct_object(node)
-        raise UserError(f"{key} holds {node.tag}, which is no plain value; write the value")
-
-    def plain_object(self, node, prefix, named, key):
-        name = node.tag.removeprefix(prefix)
-        if name not in CLASSES:
-            raise UserError(
-                f"{key} is made by {name}, which a package cannot hold; known are "
-                f"{', '.join(CLASSES)} (inference/parts.py)"
-            )
-        if isinstance(node, yaml.SequenceNode) or not are_names(node):
-            raise UserError(f"{key}: give the arguments of {name} by name")
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        return {TAGS[prefix]: name} | {k.value: self.plain(v, named, key) for k, v in pairs}
+    def search(self, key, order):
+        """A search, whose parts of the model are named."""
+        return self.value(key, {name: PARTS[name] for name in order})
 
     def model_order(self):
         """The names of the parts in the order of the checkpoint's numbers."""
@@ -104,12 +41,6 @@ class Resolved:
                 f"{self.path}: `model` is not one list of {', '.join(MODEL)}; other parts cannot "
                 "be packaged"
             ) from None
-
-
-def are_names(node):
-    """Whether the keys of a mapping, where a node is one, are plain names."""
-    pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    return all(isinstance(key, yaml.ScalarNode) for key, _ in pairs)
 
 
 def configuration(resolved, use_lm=True):
@@ -131,7 +62,7 @@ def read_configuration(resolved, use_lm):
     parts = {n: resolved.value(PARTS[n]) for n in PARTS if n not in MODEL or n in order}
     config = {"format": FORMAT, "sample_rate": resolved.value("sample_rate"), "parts": parts}
     if "decoder" in order:
-        parts["search"] = resolved.value("test_search", order)
+        parts["search"] = resolved.search("test_search", order)
     else:
         parts["search"] = {
             "new": "modules.search.CTCSearch",

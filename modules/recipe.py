@@ -14,18 +14,31 @@ from speechbrain.utils.distributed import if_main_process
 from modules import launch
 from modules.data import eval_loader_options, hours, prepare_manifests, train_loader_options
 from modules.environment import commit, hardware
+from modules.errors import UserError
 from modules.lock import FolderLock
 from modules.mixing import times_per_epoch
 
 
-def run_recipe(argv, brain_class, dataio_prepare):
-    """Run a recipe from its command line."""
-    locked(argv, lambda *started: run(*started, brain_class, dataio_prepare))
+def run_recipe(argv, script, brain_class, dataio_prepare):
+    """Run a recipe from its command line; `script` is that of its YAML files (`script_of`)."""
+    locked(argv, script, lambda *started: run(*started, brain_class, dataio_prepare))
 
 
-def locked(argv, run):
-    """Read a command line and call `run` with what `launch.start` gives, in a locked folder."""
+def script_of(hparams):
+    """The training script that a YAML file is for."""
+    if "lm" in hparams:
+        return "train_LM.py"
+    return "train_S2S.py" if "decoder" in hparams else "train_CTC.py"
+
+
+def locked(argv, script, run):
+    """Read a command line and call `run` with what `launch.start` gives, in a locked folder.
+
+    UserError for another script's YAML file, before any work.
+    """
     path, hparams, run_opts, overrides = launch.start(argv)
+    if (wanted := script_of(hparams)) != script:
+        raise UserError(f"{path} is a file for {wanted}, not for {script}; run {wanted} with it")
     lock = FolderLock(hparams["output_folder"])
     if not hparams["skip_train"]:  # an evaluation writes no checkpoints
         launch.on_main(lock.acquire)

@@ -94,7 +94,7 @@ class SubwordTokenizer:
     def train(self, texts, path):
         """Train on transcripts, write the model to `path` at once, and load it.
 
-        UserError when the text is too small for so many units.
+        UserError, with nothing written, when the text is too small for so many units.
         """
         model = io.BytesIO()
         try:
@@ -117,6 +117,12 @@ class SubwordTokenizer:
                 f"no {self.model_type} tokenizer of {self.vocab_size} units can be trained from "
                 f"these transcripts: {reason}\nset --output_neurons to what the text allows"
             ) from None
+        units = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+        if units != self.vocab_size:  # char and word: no more than the text has
+            raise UserError(
+                f"these transcripts have {units} units of token_type={self.model_type}, and "
+                f"output_neurons is {self.vocab_size}; set --output_neurons {units}"
+            )
         beside = Path(f"{path}.partial")
         beside.write_bytes(model.getvalue())
         os.replace(beside, path)

@@ -46,6 +46,18 @@ def fails(capfd, monkeypatch, tmp_path):
 # ---- Names and kinds ----
 
 
+@pytest.mark.parametrize(
+    ("recipe", "yaml_file", "wanted"),
+    [("CTC", "LM/mamba.yaml", "LM"), ("S2S", CTC, "CTC"), ("CTC", S2S, "S2S")],
+)
+def test_the_file_of_another_script(capfd, monkeypatch, tmp_path, recipe, yaml_file, wanted):
+    argv = [runs.ROOT / "hparams" / yaml_file, "--output_folder", tmp_path / "run"]
+    status, out, err = call(capfd, monkeypatch, recipe, argv)
+    assert status == 2 and "Traceback" not in out + err
+    assert f"is a file for train_{wanted}.py, not for train_{recipe}.py" in err
+    assert not (tmp_path / "run/log.txt").exists()
+
+
 def test_missing_yaml_names_the_nearest(capfd, monkeypatch):
     monkeypatch.chdir(runs.ROOT)
     status, _, err = call(capfd, monkeypatch, "CTC", ["hparams/CTC/conmamba_tinny.yaml"])
@@ -334,7 +346,7 @@ def test_in_a_process_of_its_own(tmp_path):
     assert done.returncode == 2
     assert "error: unknown option --d_modl; did you mean d_model?" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run/log.txt").exists()
 
 
 def test_interrupted_by_hand(tmp_path):

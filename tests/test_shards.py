@@ -76,6 +76,8 @@ def test_shards_of_something_else_are_left_alone(shards, tmp_path):
     (tmp_path / "train-00000.tar").touch()
     with pytest.raises(UserError, match=r"has train-00000\.tar of another origin"):
         write_shards(shards / "manifests", "train", tmp_path, MEGABYTES)
+    (tmp_path / "train-00000.tar").rename(tmp_path / "train-100-00000.tar")  # of another split
+    assert write_shards(shards / "manifests", "train", tmp_path, MEGABYTES) > 3
     with pytest.raises(UserError, match="shard-megabytes=0"):
         write_shards(shards / "manifests", "train", tmp_path, 0)
 

@@ -1,5 +1,6 @@
 """What an unpacked package hears, in a process of its own with the package's own code."""
 
+import contextlib
 import csv
 import json
 import os
@@ -52,8 +53,9 @@ def listen(folder, paths, device="cpu"):
             env=environment,
         )
         with process, tqdm(total=len(names), unit="file", disable=None, leave=False) as bar:
-            process.stdin.write(json.dumps(list(names)))
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it ended, and has said why
+                process.stdin.write(json.dumps(list(names)))
+                process.stdin.close()
             for line in process.stdout:
                 path, text, error = json.loads(line)
                 if error:

@@ -67,9 +67,13 @@ class Service:
 
     async def _warm_up(self):
         """The first calls of all are slow: make them before anybody waits."""
-        await self.batcher.hear([0.01 * torch.randn(self.recognizer.sample_rate)] * 2)
-        if self.cannot_stream is None:
-            await self.in_stream(self.stream)
+        try:
+            await self.batcher.hear([0.01 * torch.randn(self.recognizer.sample_rate)] * 2)
+            if self.cannot_stream is None:
+                await self.in_stream(self.stream)
+        except Exception:  # nobody awaits this task
+            log.exception("the model failed on the first calls: this server does not get ready")
+            return
         self.warm = True
         self.metrics.ready.set(1)
 

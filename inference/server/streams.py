@@ -92,10 +92,10 @@ class Session:
     def __init__(self, socket, service, start):
         self.socket, self.service = socket, service
         self.rate = start.get("sample_rate", service.recognizer.sample_rate)
-        if not isinstance(self.rate, int) or not 1000 <= self.rate <= 400_000:
+        if type(self.rate) is not int or not 1000 <= self.rate <= 400_000:
             raise RefusedError(400, f"sample_rate={self.rate} is no rate of speech; give 16000")
         self.format = start.get("format", "s16le")
-        if self.format not in FORMATS:
+        if not isinstance(self.format, str) or self.format not in FORMATS:
             raise RefusedError(
                 400, f"format={self.format!r} is unknown; give {' or '.join(FORMATS)}"
             )

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,10 +75,12 @@ def _check_state(folder, split, rows, sizes, megabytes):
         if json.loads(state.read_text()) != {"digest": digest}:
             raise UserError(
                 f"{folder} has shards of {split} that were written from other data or in another "
-                f"size; remove {split}* there, or choose another folder"
+                f"size; remove {split}-*.tar and {state.name} there, or choose another folder"
             )
         return
-    if there := sorted(path.name for path in Path(folder).glob(f"{split}-*.tar")):
+    # Not by a pattern with a star: synth-100-00000.tar is none of the split synth.
+    shard = re.compile(rf"{re.escape(split)}-\d{{5,}}\.tar")
+    if there := sorted(name for name in os.listdir(folder) if shard.fullmatch(name)):
         raise UserError(f"{folder} has {there[0]} of another origin; choose another folder")
     write_files(folder, {state.name: json.dumps({"digest": digest})})
 

@@ -72,6 +72,9 @@ def main(argv=None):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        print(f"error: {error}; nothing was written", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)
         sys.exit(130)

@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import zlib
 from pathlib import Path
 
 from modules.errors import UserError
@@ -63,5 +64,5 @@ def lines_of(file, key):
                     ) from None
                 if text.strip():
                     yield text
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{key}={file} cannot be read: {error}") from None

@@ -105,6 +105,9 @@ def test_mistakes_are_told(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")  # no KenLM
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes("GUT\nSCHÖN\n".encode("latin1"))
+    damaged = bytearray(gzip.compress((ROOT / "LICENSE").read_bytes()))
+    damaged[10:40] = bytes(30)
+    (tmp_path / "bad.gz").write_bytes(damaged)
     (tmp_path / "cut.gz").write_bytes(gzip.compress((ROOT / "LICENSE").read_bytes())[:300])
     (tmp_path / "marks.txt").write_text("A <s> B\n")
     (tmp_path / "there.arpa").write_text("")
@@ -116,6 +119,8 @@ def test_mistakes_are_told(text, tmp_path, capsys, monkeypatch):
         ("empty.txt holds no sentence", tmp_path / "empty.txt", *new),
         ("latin.txt, line 2 is no UTF-8", tmp_path / "latin.txt", *new),
         ("cut.gz cannot be read", tmp_path / "cut.gz", *new),
+        ("bad.gz cannot be read", tmp_path / "bad.gz", *new),
+        ("nothing was written", text, "--output", text / "a.arpa"),
         ("has the word <s>", tmp_path / "marks.txt", *new),
         ("TEXT=missing is neither", text, *new, "--dev", "missing"),
         ("give --overwrite", text, "--output", tmp_path / "there.arpa"),

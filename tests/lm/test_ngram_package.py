@@ -5,7 +5,9 @@ import shutil
 import pytest
 
 from inference import Recognizer
+from inference.hub import FILES
 from inference.package import package
+from inference.report.folder import Run
 from modules.errors import UserError
 from modules.lm import ngram
 from tests.recipes import runs
@@ -28,14 +30,8 @@ def run(tmp_path_factory):
 
 def texts(run):
     """The test stage's: {utterance: text}."""
-    found = {}
-    for path in run.glob("wer_test-*.txt"):
-        lines = path.read_text().splitlines()
-        for i, line in enumerate(lines):
-            if ", %WER" in line and i + 3 < len(lines):
-                said = [w.strip() for w in lines[i + 3].split(";")]
-                found[line.partition(",")[0]] = " ".join(w for w in said if w != "<eps>")
-    return found
+    every = (u for utterances in Run(run).test_sets.values() for u in utterances)
+    return {u.id: " ".join(u.hypothesis) for u in every}
 
 
 def test_the_package_transcribes_as_the_test_stage(run, tmp_path):
@@ -43,6 +39,9 @@ def test_the_package_transcribes_as_the_test_stage(run, tmp_path):
     made = package(folder, tmp_path / "package")
     assert (made / "n-gram.arpa").read_bytes() == arpa.read_bytes()
     assert "| language model | word n-gram |" in (made / "README.md").read_text()
+    # From the hub comes all but what could be run, and the licence.
+    left = {path.name for path in made.iterdir()} - set(FILES)
+    assert left == {"src", "interface.py", "hyperparams.yaml", "LICENSE"}
     moved = tmp_path / "moved"
     shutil.move(made, moved)
     expected = texts(folder)

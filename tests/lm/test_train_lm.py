@@ -222,6 +222,12 @@ def test_mistakes_are_told(tmp_path, overrides, message):
         train("mamba", tmp_path / "run", **overrides)
 
 
+def test_more_characters_than_the_text_has_write_no_tokenizer(tmp_path):
+    with pytest.raises(UserError, match=r"have 10 units of token_type=char.* --output_neurons 10"):
+        train("mamba", tmp_path / "run", output_neurons=30)
+    assert not list((tmp_path / "run").glob("tokenizer*"))
+
+
 def test_help_teaches():
     text = train_LM.HELP
     for wanted in ("--train_text", "modules.lm.ngram", "pretrained_lm_tokenizer_path", "--lm "):

@@ -79,9 +79,16 @@ def test_s2s_weights(tmp_path):
         call(run, "--device", "cpu", "--lm", tmp_path / "lm", *options)
 
 
+def test_utterances_are_evenly_spread():
+    assert tune.spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert tune.spread(list(range(10)), 6) == [0, 1, 3, 5, 6, 8]
+    assert tune.spread([1, 2], 5) == tune.spread([1, 2], None) == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["LM", "--lm", "ARPA"], "is a run of train_LM.py"),
         (["nowhere"], "nowhere holds no hyperparams.yaml"),
         (["RUN", "--lm", "ARPA", "--splits", "test-a"], "test-a is a test set"),
         (
@@ -92,15 +99,23 @@ def test_s2s_weights(tmp_path):
         (["RUN", "--lm", "ARPA", "--ctc_weight_decode", "0.3"], "no meaning for a CTC run"),
         (["RUN", "--lm", "ARPA", "--encoded", "no.pt"], "no.pt is no file"),
         (["RUN", "--lm", "ARPA", "--encoded", "BAD"], "is not what --save writes"),
+        (["RUN", "--lm", "ARPA", "--encoded", "WIDE"], "of a model of another size"),
+        (["RUN", "--lm", "ARPA", "--save", "/no/such/dev.pt"], "there is no such folder"),
+        (["RUN", "--lm", "ARPA", "--utterances", "0"], "--utterances 0 must be at least 1"),
         (["RUN"], "give --lm"),
     ],
 )
 def test_mistakes_are_told(arpa, tmp_path, arguments, message):
     torch.save({"x": []}, tmp_path / "bad.pt")
+    wide = {"x": [torch.zeros(3, 99)], "texts": ["CAB"], "joint": False}
+    torch.save(wide, tmp_path / "wide.pt")
     run = tmp_path / "run"
     shutil.copytree(trained("ctc")[0], run)
     manifest = (run / "dev.csv").read_text()
     (run / "gone.csv").write_text(manifest.replace(str(runs.corpus()), "/gone"))
-    places = {"RUN": run, "ARPA": arpa, "BAD": tmp_path / "bad.pt"}
+    (tmp_path / "lm").mkdir()
+    shutil.copyfile(runs.ROOT / "hparams/LM/mamba.yaml", tmp_path / "lm/hyperparams.yaml")
+    places = {"LM": tmp_path / "lm", "RUN": run, "ARPA": arpa, "BAD": tmp_path / "bad.pt"}
+    places["WIDE"] = tmp_path / "wide.pt"
     with pytest.raises(UserError, match=message):
         call(*[places.get(a, a) for a in arguments])

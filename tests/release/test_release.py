@@ -12,7 +12,7 @@ import torch
 from inference.release import __main__ as script
 from inference.release.assets import pack, shorten, unpack
 from inference.release.building import build, check
-from inference.release.hearing import heard
+from inference.release.hearing import heard, listen
 from inference.release.start import start
 from inference.report.alignments import read_alignments
 from modules.errors import UserError
@@ -170,6 +170,12 @@ def test_mistakes_have_a_line(run, tmp_path, monkeypatch, capsys):
     ):
         assert message in call(monkeypatch, capsys, *words)
         assert not out.exists()
+
+
+def test_a_package_that_ends_before_it_is_asked(tmp_path):
+    paths = {str(i): f"/recordings/of/a/large/test/set/{i}.flac" for i in range(5000)}
+    with pytest.raises(UserError, match="does not work by itself: ModuleNotFoundError"):
+        listen(tmp_path, paths)
 
 
 # ---- Training on ----

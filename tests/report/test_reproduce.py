@@ -89,6 +89,14 @@ def written(tmp_path_factory):
     return path
 
 
+def test_paths_are_those_of_where_it_is_called(written, tmp_path, monkeypatch, capsys):
+    options = ["--results", written, "--table", "tones", "--dry-run", "--output", "out"]
+    for folder, shown in ((tmp_path, f"{tmp_path}/out/tones/1/"), (runs.ROOT, " out/tones/1/")):
+        monkeypatch.chdir(folder)
+        assert call(monkeypatch, *options) == 0
+        assert f"--output_folder {shown.strip()}" in capsys.readouterr().out
+
+
 def test_a_row_runs_again_and_agrees(written, tmp_path, monkeypatch, capfd):
     (row,) = read_results(written)["rows"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

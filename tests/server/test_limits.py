@@ -257,6 +257,21 @@ def test_a_key():
 # ---- Ready ----
 
 
+def test_the_log_tells_why_it_does_not_get_ready(monkeypatch, caplog):
+    def words(signals):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(servers.recognizer(), "words", words)
+
+    def look(service):
+        until(lambda: "does not get ready" in caplog.text)
+        assert "no kernel image" in caplog.text and get(f"{service.url}/ready")[0] == 503
+        service.warm = True  # so that `served` goes on
+
+    with caplog.at_level("ERROR", "mamba_asr.server"), served(early=look):
+        pass
+
+
 def test_it_is_ready_when_it_is_warm_and_until_it_goes(monkeypatch):
     whole, go = servers.recognizer().words, threading.Event()
     monkeypatch.setattr(

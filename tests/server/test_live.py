@@ -152,6 +152,7 @@ def test_a_model_that_cannot_stream(monkeypatch):
         (['{"type": "start", "sample_rate": 16}'], 1007, "sample_rate=16 is no rate of speech"),
         (['{"type": "start", "sample_rate": "x"}'], 1007, "sample_rate=x is no rate of speech"),
         (['{"type": "start", "format": "mp3"}'], 1007, "format='mp3' is unknown"),
+        (['{"type": "start", "format": ["s16le"]}'], 1007, "format=['s16le'] is unknown"),
         (['{"type": "start", "endpoint_seconds": -1}'], 1007, "endpoint_seconds=-1 is no pause"),
         (['{"type": "start", "endpoint_seconds": NaN}'], 1007, "endpoint_seconds=nan is no pause"),
         (['{"type": "start"}', b"\0"], 1007, "1 bytes are no whole number of s16le samples"),
