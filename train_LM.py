@@ -110,7 +110,8 @@ def run(path, hparams, run_opts, overrides):
 
 def describe(folder):
     """Write how the model is built, as plain data: recognisers read it without the YAML file."""
-    model = ResolvedYAML(folder / "hyperparams.yaml", CLASSES).value("lm")
+    where = "modules/language_model.py"
+    model = ResolvedYAML(folder / "hyperparams.yaml", CLASSES, where).value("lm")
     beside = folder / f"{DESCRIPTION}.partial"
     beside.write_text(json.dumps(model, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, folder / DESCRIPTION)

@@ -24,7 +24,7 @@ class Resolved(ResolvedYAML):
     """A training's, with the objects that `inference.parts` reads."""
 
     def __init__(self, path):
-        super().__init__(path, CLASSES)
+        super().__init__(path, CLASSES, "inference/parts.py")
 
     def search(self, key, order):
         """A search, whose parts of the model are named."""

@@ -18,10 +18,11 @@ class ResolvedYAML:
     """A resolved HyperPyYAML file.
 
     `value(key)` is a top-level key as plain data, with objects as {"new" or "factory": class,
-    argument: value}. Only `classes`, by their names, may be named.
+    argument: value}. Only `classes`, by their names, may be named; `where` is the file that lists
+    them, for messages.
     """
 
-    def __init__(self, path, classes):
+    def __init__(self, path, classes, where):
         if (size := Path(path).stat().st_size) > LARGEST:
             raise UserError(f"{path} has {size} bytes; training writes less than {LARGEST}")
         try:
@@ -30,7 +31,7 @@ class ResolvedYAML:
             raise UserError(f"{path} is not a YAML file: {error}") from None
         if not isinstance(root, yaml.MappingNode) or not are_names(root):
             raise UserError(f"{path} holds no keys; give the file that training wrote")
-        self.path, self.classes = path, classes
+        self.path, self.classes, self.where = path, classes, where
         self.nodes = {key.value: node for key, node in root.value}
         self.loader = yaml.SafeLoader("")
 
@@ -75,7 +76,7 @@ class ResolvedYAML:
         if name not in self.classes:
             raise UserError(
                 f"{key} is made by {name}, which a package cannot hold; known are "
-                f"{', '.join(self.classes)}"
+                f"{', '.join(self.classes)} ({self.where})"
             )
         if isinstance(node, yaml.SequenceNode) or not are_names(node):
             raise UserError(f"{key}: give the arguments of {name} by name")
