@@ -21,6 +21,7 @@ from modules.lm.data import eval_loader_options, load_sentences, train_loader_op
 from modules.lm.text import files_of, read_sentences
 from modules.recipe import locked, save_hyperparams
 from modules.resolved import ResolvedYAML
+from modules.whole import whole
 
 HELP = """Train a language model and its tokenizer.
 
@@ -61,9 +62,8 @@ def prepare_tokenizer(hparams):
             text = read_sentences(hparams["train_text"], "train_text")
             tokenizer.train(list(islice(text, ENOUGH)), path)
             return
-        beside = path.with_suffix(".partial")
-        shutil.copyfile(find_tokenizer(source), beside)
-        os.replace(beside, path)
+        with whole(path) as beside:
+            shutil.copyfile(find_tokenizer(source), beside)
 
     launch.on_main(take_or_train)
     tokenizer.load(path)
@@ -112,9 +112,8 @@ def describe(folder):
     """Write how the model is built, as plain data: recognisers read it without the YAML file."""
     where = "modules/language_model.py"
     model = ResolvedYAML(folder / "hyperparams.yaml", CLASSES, where).value("lm")
-    beside = folder / f"{DESCRIPTION}.partial"
-    beside.write_text(json.dumps(model, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, folder / DESCRIPTION)
+    with whole(folder / DESCRIPTION) as beside:
+        beside.write_text(json.dumps(model, indent=2) + "\n", encoding="utf-8")
 
 
 def summary(path, hparams, brain, train):

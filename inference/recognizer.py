@@ -58,7 +58,8 @@ class Recognizer(Listener):
         try:
             parts = build_parts(config["parts"])
         except OSError as error:  # no part but an n-gram reads a file
-            raise UserError(f"lm={lm} is no n-gram that KenLM reads: {error}") from None
+            path = config["parts"]["search"].get("kenlm_model_path")
+            raise UserError(f"lm={path} is no n-gram that KenLM reads: {error}") from None
         load_parts(parts, config, folder)
         if lm is not None and "decoder" in parts:
             use_language_model(parts, config, Path(lm))

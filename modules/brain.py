@@ -1,7 +1,6 @@
 """ASRBrain: what training with CTC and with S2S have in common."""
 
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from modules.loggers import make_loggers
 from modules.losses import consistency_loss, too_few_frames
 from modules.optimizers import advance_before_steps, fused, parameter_groups
 from modules.resuming import ResumingBrain
+from modules.whole import whole
 
 logger = logging.getLogger(__name__)
 
@@ -298,10 +298,8 @@ class ASRBrain(ResumingBrain):
         )
         if if_main_process():
             path = Path(self.hparams.output_folder) / f"wer_{self.test_set}.txt"
-            beside = path.with_suffix(".partial")
-            with open(beside, "w", encoding="utf-8") as f:
+            with whole(path) as beside, open(beside, "w", encoding="utf-8") as f:
                 self.wer.write_stats(f)
-            os.replace(beside, path)
 
     # ---- Evaluating ----
 

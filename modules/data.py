@@ -22,6 +22,7 @@ from modules.mixing import MixedBatchSampler, read_mix, times_per_epoch
 from modules.randomness import seeded
 from modules.shards import load_shards, shard_batches
 from modules.waveforms import Batch, Unread, read_audio
+from modules.whole import whole
 
 
 def prepare_manifests(hparams):
@@ -286,7 +287,9 @@ def prepare_tokenizer(hparams, train):
         source = hparams["pretrained_lm_tokenizer_path"]
         if hparams["resume"]:
             # The weights to go on from speak the units of their own run.
-            shutil.copyfile(newest(resumable(hparams["resume"])).path.parent / path.name, path)
+            with whole(path) as beside:
+                source = newest(resumable(hparams["resume"])).path.parent / path.name
+                shutil.copyfile(source, beside)
         elif source is None:
             tokenizer.train([train.data[i]["wrd"] for i in train.data_ids], path)
         else:

@@ -1,7 +1,6 @@
 """Pretrained tokenizers and language models, from a local folder or the hub."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import nn
 from modules.errors import UserError
 from modules.lm.mamba_lm import MambaLM
 from modules.tensors import load_tensors
+from modules.whole import whole
 
 DESCRIPTION = "lm.json"  # beside lm.ckpt: {"new": class, argument: value, ...}
 # What a description may name, and nothing else.
@@ -47,9 +47,8 @@ def fetch(source, filename, target):
             )
     else:
         found = download(source, filename)
-    beside = Path(f"{target}.partial")
-    shutil.copyfile(found, beside)
-    os.replace(beside, target)
+    with whole(target) as beside:
+        shutil.copyfile(found, beside)
 
 
 def download(source, filename):

@@ -17,6 +17,7 @@ from modules.environment import commit, hardware
 from modules.errors import UserError
 from modules.lock import FolderLock
 from modules.mixing import times_per_epoch
+from modules.whole import whole
 
 
 def run_recipe(argv, script, brain_class, dataio_prepare):
@@ -87,9 +88,8 @@ def save_hyperparams(path, hparams, overrides):
         return
     with open(path, encoding="utf-8") as f:
         resolved = resolve_references(f, overrides).read()
-    beside = target.with_suffix(".partial")
-    beside.write_text(f"# From {Path(path).absolute()}\n{resolved}", encoding="utf-8")
-    os.replace(beside, target)
+    with whole(target) as beside:
+        beside.write_text(f"# From {Path(path).absolute()}\n{resolved}", encoding="utf-8")
 
 
 def summary(path, hparams, brain, train_hours, tests):

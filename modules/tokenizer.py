@@ -4,12 +4,11 @@ Ids 0, 1, 2 are blank (and padding), bos and eos in both.
 """
 
 import io
-import os
-from pathlib import Path
 
 import sentencepiece
 
 from modules.errors import UserError
+from modules.whole import whole
 
 SPECIAL = ("<blank>", "<bos>", "<eos>")
 
@@ -123,9 +122,8 @@ class SubwordTokenizer:
                 f"these transcripts have {units} units of token_type={self.model_type}, and "
                 f"output_neurons is {self.vocab_size}; set --output_neurons {units}"
             )
-        beside = Path(f"{path}.partial")
-        beside.write_bytes(model.getvalue())
-        os.replace(beside, path)
+        with whole(path) as beside:
+            beside.write_bytes(model.getvalue())
         self.load(path)
 
     @property

@@ -14,6 +14,7 @@ from modules import checkpoints
 from modules.checkpoints import Checkpointer, average, best, list_checkpoints, newest, resumable
 from modules.digests import SUMS
 from modules.errors import UserError
+from modules.whole import whole
 from tests.recipes import runs
 
 CTC = "CTC/conmamba_tiny.yaml"
@@ -295,3 +296,15 @@ def test_what_is_there_already_needs_no_more_space(two_epochs, tmp_path, monkeyp
             else:
                 with pytest.raises(UserError, match="lower --avg_checkpoints"):
                     brain.on_fit_start()
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "weights"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole(path) as beside:
+        beside.write_text("ha")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    with whole(path) as beside:
+        beside.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]

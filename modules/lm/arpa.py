@@ -1,17 +1,15 @@
 """ARPA files: written, read, and asked for the probability of a word after others."""
 
 import math
-import os
-from pathlib import Path
 
 from modules.errors import UserError
 from modules.lm.kneser_ney import BOS, EOS, UNKNOWN
+from modules.whole import whole
 
 
 def write_arpa(tables, path):
     """Write [{n-gram: (probability, backoff)} of 1, 2, ... words]; whole or not at all."""
-    beside = Path(f"{path}.partial")
-    with open(beside, "w", encoding="utf-8") as file:
+    with whole(path) as beside, open(beside, "w", encoding="utf-8") as file:
         file.write("\\data\\\n")
         file.writelines(f"ngram {n}={len(table)}\n" for n, table in enumerate(tables, start=1))
         for n, table in enumerate(tables, start=1):
@@ -21,7 +19,6 @@ def write_arpa(tables, path):
                 end = "" if last else f"\t{math.log10(backoff):.7g}"
                 file.write(f"{math.log10(probability):.7g}\t{' '.join(ngram)}{end}\n")
         file.write("\n\\end\\\n")
-    os.replace(beside, path)
 
 
 class Arpa:

@@ -1,8 +1,6 @@
 """The Brain of language models: perplexities, and the training guarantees of recognisers."""
 
 import math
-import os
-from pathlib import Path
 
 import speechbrain as sb
 import torch
@@ -14,6 +12,7 @@ from modules.lengths import absolute
 from modules.lm.data import eval_loader_options
 from modules.loggers import make_loggers
 from modules.resuming import ResumingBrain
+from modules.whole import whole
 
 
 class LMBrain(ResumingBrain):
@@ -142,6 +141,5 @@ class LMBrain(ResumingBrain):
     def write_weights(self, path):
         """The weights that are evaluated, for the searches of recognisers."""
         if if_main_process():
-            beside = Path(f"{path}.partial")
-            torch.save(self.hparams.model.state_dict(), beside)
-            os.replace(beside, path)
+            with whole(path) as beside:
+                torch.save(self.hparams.model.state_dict(), beside)
