@@ -43,10 +43,10 @@ class SpeechBrainASR(ASR):
 
     def compute_forward(self, batch, stage):
         x, lengths = self.encode(*self.features(batch, stage))
-        tokens, _ = self.tokens(batch, "tokens_bos")
+        tokens, _ = self.tokens(batch, "tokens_bos", stage)
         memory, y = self.modules.transformer(x, tokens, relative(lengths, x.shape[1]))
         log_probs = self.modules.seq_head(y).log_softmax(dim=-1)
-        return self.modules.ctc_head(memory), log_probs, memory, lengths
+        return self.modules.ctc_head(memory), log_probs, memory, lengths, []
 
 
 def make_transformer(hparams, attention_type):

@@ -124,11 +124,11 @@ def kenlm_missing():
 
 def check_kenlm(path):
     """UserError unless the n-gram file is there, and what reads it."""
+    if not Path(path).is_file():
+        raise UserError(f"kenlm_model_path={path} is no file; give an .arpa or .bin n-gram")
     missing = kenlm_missing()
     if missing and Path(path).suffix != ".arpa":
         raise UserError(
             f"kenlm_model_path={path} needs {' and '.join(missing)}; "
             f"run `pip install {' '.join(missing)}`, or give an .arpa file"
         )
-    if not Path(path).is_file():
-        raise UserError(f"kenlm_model_path={path} is no file; give an .arpa or .bin n-gram")
