@@ -58,6 +58,8 @@ TINY_S2S = {
     "valid_beam_size": 2,
     "valid_search_interval": 1,
 }
+TINY_WORDS = {"output_neurons": 3 + len(WORDS), "token_type": "word"}
+TINY_DIGITS = {"train_mix": "null", "inter_ctc_layers": "[]"}  # of its own splits and layers
 TINY_CNN = {"cnn_channels_1": 4, "cnn_channels_2": 4}
 # Nothing random but the order of the utterances, and no statistics that grow batch by batch.
 PLAIN = {
@@ -115,6 +117,10 @@ def arguments(yaml_file, output_folder, **overrides):
     values = {**TINY, **TINY_CNN, "data_folder": corpus(), "output_folder": output_folder}
     if recipe_of(yaml_file) == "S2S":
         values |= TINY_S2S
+    if "subword" in yaml_file or "digits" in yaml_file:
+        values |= TINY_WORDS
+    if "digits" in yaml_file:
+        values |= TINY_DIGITS
     values |= overrides
     options = [f"--{key}={value}" for key, value in values.items() if value is not None]
     return [str(ROOT / "hparams" / yaml_file), *options]
