@@ -59,7 +59,7 @@ TINY_S2S = {
     "valid_search_interval": 1,
 }
 TINY_WORDS = {"output_neurons": 3 + len(WORDS), "token_type": "word"}
-TINY_DIGITS = {"train_mix": "null", "inter_ctc_layers": "[]"}  # of its own splits and layers
+TINY_DIGITS = {"inter_ctc_layers": "[]"}
 TINY_CNN = {"cnn_channels_1": 4, "cnn_channels_2": 4}
 # Nothing random but the order of the utterances, and no statistics that grow batch by batch.
 PLAIN = {
