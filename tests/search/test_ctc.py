@@ -116,8 +116,9 @@ def test_missing_ngram_package_and_file_are_user_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "modules.search.ctc.find_spec", lambda name: None if name == "kenlm" else name
     )
+    (tmp_path / "binary.bin").touch()
     with pytest.raises(UserError, match=r"pip install kenlm`, or give an \.arpa"):
-        CTCSearch(LABELS, kenlm_model_path=str(tmp_path / "no.bin"))
+        CTCSearch(LABELS, kenlm_model_path=str(tmp_path / "binary.bin"))
     with pytest.raises(UserError, match=r"no\.arpa is no file"):
         CTCSearch(LABELS, kenlm_model_path=str(tmp_path / "no.arpa"))
     (tmp_path / "bad.arpa").write_text("words, and no numbers")
