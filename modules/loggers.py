@@ -88,13 +88,11 @@ def start_wandb(hparams, folder):
 
     id_file = folder / "wandb_id.txt"
     known = id_file.read_text().strip() if id_file.is_file() else ""
-    run_id = known or wandb.util.generate_id()
-    id_file.write_text(run_id)
     plain = {k: v for k, v in hparams.items() if isinstance(v, str | int | float | bool | list)}
     try:
         run = wandb.init(
             project=hparams["wandb_project"],
-            id=run_id,
+            id=known or None,  # None: wandb draws one
             name=folder.name,
             dir=str(folder),
             resume="allow",
@@ -104,4 +102,5 @@ def start_wandb(hparams, folder):
         raise RuntimeError(
             f"{error}; log in with `wandb login`, or set WANDB_MODE=offline"
         ) from error
+    id_file.write_text(run.id)
     return WandBLogger(lambda: run)

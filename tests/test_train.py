@@ -291,6 +291,18 @@ def test_a_logger_that_does_not_start_is_told_before_work_starts(name, tmp_path,
     assert not runs.files_of(tmp_path / "save")
 
 
+def test_wandb_without_network_is_one_run_an_output_folder(tmp_path):
+    pytest.importorskip("wandb")
+    for epochs in (1, 2):
+        command = runs.command(CTC, tmp_path, number_of_epochs=epochs, use_wandb=True)
+        assert runs.run(command, WANDB_MODE="offline").returncode == 0
+    name = (tmp_path / "wandb_id.txt").read_text()
+    records = list(tmp_path.glob(f"wandb/offline-run-*/run-{name}.wandb"))
+    assert len(records) == len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
+    for path in records:
+        assert {b"train loss", b"valid WER"} <= set(re.findall(rb"\w+ (?:loss|WER)", path.read_bytes()))
+
+
 def test_a_failing_logger_never_stops_training(tmp_path, monkeypatch):
     calls = []
 
