@@ -300,7 +300,8 @@ def test_wandb_without_network_is_one_run_an_output_folder(tmp_path):
     records = list(tmp_path.glob(f"wandb/offline-run-*/run-{name}.wandb"))
     assert len(records) == len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
     for path in records:
-        assert {b"train loss", b"valid WER"} <= set(re.findall(rb"\w+ (?:loss|WER)", path.read_bytes()))
+        written = path.read_bytes()
+        assert b"train loss" in written and b"valid WER" in written
 
 
 def test_a_failing_logger_never_stops_training(tmp_path, monkeypatch):
