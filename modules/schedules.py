@@ -1,10 +1,13 @@
 """Learning rate schedules that SpeechBrain has not."""
 
+import logging
 import math
 
 from speechbrain.nnet.schedulers import NoamScheduler
 
 from modules.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class CosineScheduler(NoamScheduler):
@@ -31,5 +34,11 @@ class CosineScheduler(NoamScheduler):
     def _get_lr_scale(self):
         if self.n_steps < self.n_warmup_steps:
             return self.n_steps / self.n_warmup_steps
+        if self.n_steps == self.total_steps + 1:
+            logger.warning(
+                "The learning rate has come to 0 at total_steps=%d and training goes on: nothing "
+                "more is learnt; give as many total_steps as number_of_epochs has",
+                self.total_steps,
+            )
         done = (self.n_steps - self.n_warmup_steps) / (self.total_steps - self.n_warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

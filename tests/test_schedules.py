@@ -28,6 +28,12 @@ def test_half_a_cosine_after_warm_up():
     assert found[11:] == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("steps, warnings", [(12, 0), (15, 1)])
+def test_a_training_that_goes_on_at_rate_0_is_told_so(steps, warnings, caplog):
+    rates(CosineScheduler(0.4, n_warmup_steps=4, total_steps=12), steps)
+    assert caplog.text.count("has come to 0 at total_steps=12") == warnings
+
+
 def test_it_goes_on_where_it_was_saved(tmp_path):
     whole = rates(CosineScheduler(0.4, 4, 12), 12)
     first, second = CosineScheduler(0.4, 4, 12), CosineScheduler(0.4, 4, 12)
