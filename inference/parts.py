@@ -22,6 +22,7 @@ from modules.features import Features
 from modules.frontend import ConvFrontend
 from modules.lm.mamba_lm import MambaLM
 from modules.mamba import BiMamba, Mamba
+from modules.mamba2 import BiMamba2, Mamba2
 from modules.search import CTCSearch, JointBeamSearch
 from modules.tokenizer import CharacterTokenizer, SubwordTokenizer
 
@@ -39,6 +40,8 @@ CLASSES = {
     "modules.encoder.Encoder": Encoder,
     "modules.mamba.BiMamba": BiMamba,
     "modules.mamba.Mamba": Mamba,
+    "modules.mamba2.BiMamba2": BiMamba2,
+    "modules.mamba2.Mamba2": Mamba2,
     "modules.attention.RelPosAttention": RelPosAttention,
     "modules.attention.RoPEAttention": RoPEAttention,
     "modules.decoder.Decoder": Decoder,

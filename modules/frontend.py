@@ -1,4 +1,7 @@
-"""Convolutional subsampling: features (B, T, n_mels) -> (B, about T / 4, channels * n_mels / 4)."""
+"""Convolutional subsampling: features (B, T, n_mels) -> (B, about T / 4, channels * n_mels / 4).
+
+Or by 8, with three blocks.
+"""
 
 import torch
 from speechbrain.lobes.models.convolution import ConvBlock
@@ -25,7 +28,8 @@ class ChannelsLastConv2d(Conv2d):
         weight = self.conv.weight.transpose(2, 3)  # (C', C, time, frequency)
         if not self.unsqueeze:
             weight = weight.contiguous(memory_format=torch.channels_last)
-            y = F.conv2d(x.permute(0, 3, 1, 2), weight, self.conv.bias, self.stride)
+            groups = self.conv.groups
+            y = F.conv2d(x.permute(0, 3, 1, 2), weight, self.conv.bias, self.stride, groups=groups)
             return y.permute(0, 2, 3, 1)
         # Of one channel every patch is a row, and the convolution a product. Tensor cores want
         # rows of whole eights.
@@ -34,6 +38,28 @@ class ChannelsLastConv2d(Conv2d):
         spare = -patches.shape[3] % 8
         return F.linear(F.pad(patches, (0, spare)), F.pad(weight.flatten(1), (0, spare)),
                         self.conv.bias)  # fmt: skip
+
+
+class SeparableConv2d(nn.Sequential):
+    """Every channel by itself, then all channels of a place: (B, T, F, C) -> (B, T', F', C').
+
+    SpeechBrain's `DepthwiseSeparableConv2d` takes no argument for the weights' initialisation,
+    which a `ConvBlock` gives to its convolutions.
+    """
+
+    def __init__(self, out_channels, kernel_size, input_shape, conv_init=None, **options):
+        channels = input_shape[-1]
+        super().__init__(
+            ChannelsLastConv2d(
+                channels,
+                kernel_size,
+                in_channels=channels,
+                groups=channels,
+                conv_init=conv_init,
+                **options,
+            ),
+            ChannelsLastConv2d(out_channels, 1, in_channels=channels, conv_init=conv_init),
+        )
 
 
 class ConvFrontend(nn.Module):
@@ -55,9 +81,20 @@ class ConvFrontend(nn.Module):
         Stride of every block, in time and in frequency.
     dropout : float
         Dropout after every block.
+    separable : bool
+        Depthwise-separable convolutions after the first block, as FastConformer's subsampling by
+        8 in three blocks (Rekesh et al. 2023, arXiv 2305.05084).
     """
 
-    def __init__(self, n_mels=80, channels=(64, 32), kernel_size=3, stride=2, dropout=0.15):
+    def __init__(
+        self,
+        n_mels=80,
+        channels=(64, 32),
+        kernel_size=3,
+        stride=2,
+        dropout=0.15,
+        separable=False,
+    ):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size} must be odd; use {kernel_size + 1}")
@@ -75,7 +112,7 @@ class ConvFrontend(nn.Module):
                 input_shape=(None, None, shape[0] + 2 * self.reach, *shape[1:]),
                 kernel_size=kernel_size,
                 stride=stride,
-                conv_module=ChannelsLastConv2d,
+                conv_module=SeparableConv2d if separable and i else ChannelsLastConv2d,
                 norm=LayerNorm,
                 dropout=dropout,
                 padding="valid",

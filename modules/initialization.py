@@ -3,6 +3,7 @@
 from torch import nn
 
 from modules.mamba import SelectiveSSM
+from modules.mamba2 import DualSSM
 
 # What a state-space direction keeps of its own initialisation under each scheme.
 KEPT = {
@@ -24,10 +25,11 @@ def initialize(module, scheme):
     if scheme not in KEPT:
         raise ValueError(f"initialization={scheme!r} is unknown; use one of {tuple(KEPT)}")
     kept = {
-        id(ssm.get_parameter(name))
+        id(parameter)
         for ssm in module.modules()
-        if isinstance(ssm, SelectiveSSM)
-        for name in KEPT[scheme]
+        if isinstance(ssm, SelectiveSSM | DualSSM)
+        for name, parameter in ssm.named_parameters()
+        if name in KEPT[scheme]
     }
     for parameter in module.parameters():
         if parameter.dim() > 1 and id(parameter) not in kept:

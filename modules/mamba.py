@@ -17,6 +17,12 @@ from modules.ops.mamba_step import conv_step, scan_step
 from modules.ops.selective_scan import bidirectional_scan, selective_scan
 
 
+def dt_bias_of(channels, dt_min=1e-3, dt_max=0.1):
+    """(channels,) whose softplus is log-uniform in [dt_min, dt_max]."""
+    dt = torch.empty(channels).uniform_(math.log(dt_min), math.log(dt_max)).exp()
+    return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
+
+
 class SelectiveSSM(nn.Module):
     """One direction: causal convolution, input-dependent dt, B and C, selective scan.
 
@@ -46,11 +52,7 @@ class SelectiveSSM(nn.Module):
             self.A_log.copy_(A.log().expand_as(self.A_log))
             self.D.fill_(1.0)
             nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-            log_dt = torch.empty_like(self.dt_proj.bias).uniform_(
-                math.log(dt_min), math.log(dt_max)
-            )
-            dt = log_dt.exp()
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+            self.dt_proj.bias.copy_(dt_bias_of(len(self.dt_proj.bias), dt_min, dt_max))
 
     def initial_state(self, batch_size):
         """Zero (conv state (B, d_inner, K - 1), ssm state (B, d_inner, N))."""
@@ -222,13 +224,8 @@ class BiMamba(nn.Module):
 
     def _chunked(self, x, lengths, state, chunk):
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        frames = x.shape[1] - chunk.ahead
-        y_backward, _ = self.backward_ssm(*cut_windows(x, lengths, chunk))
-        y_backward = y_backward[:, : chunk.size].unflatten(0, (len(x), -1)).flatten(1, 2)
-        x, z, y_backward = (t[:, :frames] for t in (x, z, y_backward))
-        lengths = None if lengths is None else lengths.clamp(max=frames)
-        y_forward, state = self.forward_ssm(x, lengths, state=state)
-        return self.out_proj(gated_mean(torch.stack((y_forward, y_backward)), z)), state
+        y, state = run_in_chunks(self.forward_ssm, self.backward_ssm, x, x, lengths, state, chunk)
+        return self.out_proj(gated_mean(torch.stack(y), z[:, : y[0].shape[1]])), state
 
     def _projections(self):
         """The weights (2, R + 2 N, d_inner) to dt, B and C, and (2, d_inner, R) from dt.
@@ -247,6 +244,20 @@ class BiMamba(nn.Module):
     def _both(self, name):
         """A parameter of both directions, stacked."""
         return torch.stack([m.get_parameter(name) for m in (self.forward_ssm, self.backward_ssm)])
+
+
+def run_in_chunks(forward, backward, x_forward, x_backward, lengths, state, chunk):
+    """Both directions of a chunked mixer, each on what it is given of all T frames.
+
+    x_forward, x_backward (B, T, X), lengths (B,) -> (y_forward, y_backward), each
+    (B, T - chunk.ahead, D), and the forward direction's state.
+    """
+    frames = x_forward.shape[1] - chunk.ahead
+    y_backward, _ = backward(*cut_windows(x_backward, lengths, chunk))
+    y_backward = y_backward[:, : chunk.size].unflatten(0, (len(x_backward), -1)).flatten(1, 2)
+    lengths = None if lengths is None else lengths.clamp(max=frames)
+    y_forward, state = forward(x_forward[:, :frames], lengths, state=state)
+    return (y_forward, y_backward[:, :frames]), state
 
 
 def cut_windows(x, lengths, chunk):

@@ -18,12 +18,14 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfigRandomSa
 from modules.compilation import compile_layers
 from modules.encoder import Encoder
 from modules.mamba import BiMamba, Mamba
+from modules.mamba2 import BiMamba2
 from modules.ops.causal_conv1d import causal_conv1d
 
 ROOT = Path(__file__).parents[1]
 FOUR = DynChunkTrainConfigRandomSampler(1.0, 4, 4, 0.0, 0, 0)  # the same whenever it is drawn
 ENCODERS = {
     "bidirectional": {"mixer": BiMamba},
+    "mamba2": {"mixer": partial(BiMamba2, d_head=8)},
     "causal": {"mixer": Mamba, "causal": True},
     "chunked": {"mixer": BiMamba, "chunks": FOUR, "lookahead": 2},
 }
@@ -87,6 +89,7 @@ def check_convolution():
         "check_encoder('bidirectional')",
         "check_encoder('causal')",
         pytest.param("check_encoder('chunked')", marks=pytest.mark.slow),
+        pytest.param("check_encoder('mamba2')", marks=pytest.mark.slow),
         "check_convolution()",
     ],
 )

@@ -15,6 +15,7 @@ from modules.attention import CachedAttention, RelPosAttention, RoPEAttention
 from modules.encoder import Encoder
 from modules.encoder_layer import ConvModule
 from modules.mamba import BiMamba, Mamba
+from modules.mamba2 import BiMamba2, Mamba2
 
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they save
 
@@ -23,6 +24,8 @@ MIXERS = {
     "rotary": partial(RoPEAttention, num_heads=2),
     "bimamba": partial(BiMamba, d_state=4),
     "mamba": partial(Mamba, d_state=4),
+    "bimamba2": partial(BiMamba2, d_state=4, d_head=8),
+    "mamba2": partial(Mamba2, d_state=4, d_head=8),
 }
 
 
@@ -71,11 +74,15 @@ def test_attention_knows_the_order_of_frames(mixer):
     assert (shuffled - y[:, order]).abs().max() > 1e-3
 
 
-def test_bimamba_mirrors_itself():
-    mixer = BiMamba(16, d_state=4).double()
+@pytest.mark.parametrize("mixer", ["bimamba", "bimamba2"])
+def test_bimamba_mirrors_itself(mixer):
+    mixer = MIXERS[mixer](16).double()
     x, lengths = torch.randn(1, 9, 16, dtype=torch.float64), torch.tensor([9])
     y, _ = mixer(x, lengths)
     mixer.forward_ssm.load_state_dict(mixer.backward_ssm.state_dict())
+    if isinstance(mixer, BiMamba2):  # what each direction takes besides x
+        *_, forward, backward = mixer.in_proj.weight.data.split(mixer.split)
+        forward.copy_(backward)
     same, _ = mixer(x, lengths)
     mirrored, _ = mixer(x.flip(1), lengths)
     torch.testing.assert_close(mirrored.flip(1), same)
@@ -84,7 +91,7 @@ def test_bimamba_mirrors_itself():
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_non_causal_encoder_sees_both_ways_and_a_causal_one_the_past(mixer):
-    for causal in {False, mixer == "mamba"}:
+    for causal in {False, mixer in ("mamba", "mamba2")}:
         encoder = make_encoder(mixer, causal=causal).eval()
         x, _ = batch()
         changed = x.clone()
@@ -166,8 +173,9 @@ def test_bfloat16_autocast_is_close(mixer):
         assert (p.grad - exact[name]).norm() < 0.15 * exact[name].norm() + 1e-3, name
 
 
-def test_bfloat16_autocast_in_pieces_is_close():
-    encoder = make_encoder("mamba", causal=True, dropout=0.0).eval()
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_bfloat16_autocast_in_pieces_is_close(mixer):
+    encoder = make_encoder(mixer, causal=True, dropout=0.0).eval()
     x, lengths = batch()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected, _ = encoder(x, lengths)
@@ -187,7 +195,7 @@ def test_dropout_acts_in_training_alone(mixer):
     assert torch.equal(encoder(x, lengths)[0], encoder(x, lengths)[0])
 
 
-@pytest.mark.parametrize("mixer", ["relative", "rotary", "bimamba"])
+@pytest.mark.parametrize("mixer", ["relative", "rotary", "bimamba", "bimamba2"])
 def test_a_causal_encoder_needs_a_causal_mixer(mixer):
     with pytest.raises(ValueError, match=r"causal=True needs a causal mixer, not \w+; use"):
         make_encoder(mixer, causal=True)
@@ -251,6 +259,15 @@ def test_gradient_checkpointing_repeats_the_chunks_that_were_drawn():
 def test_chunks_that_mean_nothing_are_errors(message, mixer, options):
     with pytest.raises(ValueError, match=message):
         make_encoder(mixer, **options)
+
+
+def test_heads_must_divide_the_inner_channels():
+    for mixer in (Mamba2, BiMamba2):
+        message = (
+            r"expand x d_model = 12 is not divisible by d_head=5; use one of \[1, 2, 3, 4, 6, "
+        )
+        with pytest.raises(ValueError, match=message):
+            mixer(6, d_head=5)
 
 
 @pytest.mark.parametrize("attention", [RelPosAttention, RoPEAttention, CachedAttention])

@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 from speechbrain.lobes.models.convolution import ConvolutionFrontEnd
+from speechbrain.nnet.CNN import DepthwiseSeparableConv2d
 from torch.nn import functional as F  # noqa: N812
 
 from modules.frontend import ChannelsLastConv2d, ConvFrontend, reflect_frames
+
+EIGHT = {"channels": (6, 4, 5), "separable": True}
 
 
 def speechbrain_frontend(n_mels, channels, kernel_size=3, stride=2):
@@ -50,10 +53,12 @@ def test_other_sizes_equal_speechbrain_too(kernel_size, stride, blocks):
     assert torch.equal(y, theirs(x).flatten(2))
 
 
-@pytest.mark.parametrize(("kernel_size", "stride"), [(3, 2), (5, 1)])
-def test_the_layout_of_cuda_gives_the_same(kernel_size, stride, monkeypatch):
+@pytest.mark.parametrize(
+    "options", [{"channels": (6, 4)}, {"channels": (6, 4), "kernel_size": 5, "stride": 1}, EIGHT]
+)
+def test_the_layout_of_cuda_gives_the_same(options, monkeypatch):
     torch.manual_seed(0)
-    frontend = ConvFrontend(23, [6, 4], kernel_size, stride).double().eval()
+    frontend = ConvFrontend(23, **options).double().eval()
     x, lengths = torch.randn(2, 31, 23).double(), torch.tensor([31, 18])
     results = []
     for forward in (ChannelsLastConv2d.forward, ChannelsLastConv2d.in_place):
@@ -62,6 +67,34 @@ def test_the_layout_of_cuda_gives_the_same(kernel_size, stride, monkeypatch):
         results.append((y, *torch.autograd.grad(y.square().sum(), list(frontend.parameters()))))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("frames", [8, 50])
+def test_separable_blocks_equal_speechbrains_convolutions(frames):
+    torch.manual_seed(0)
+    x, lengths = torch.randn(2, frames, 23), torch.tensor([frames, frames])
+    frontend = ConvFrontend(23, **EIGHT).eval()
+    y, found = frontend(x, lengths)
+    assert found.tolist() == [math.ceil(frames / 8)] * 2 and y.shape[2] == 3 * 5
+    for i, shape in ((1, (None, None, 14, 6)), (2, (None, None, 8, 4))):
+        block = frontend.blocks[f"convblock_{i}"].convs
+        ours, channels = block.conv_0, EIGHT["channels"][i]
+        theirs = DepthwiseSeparableConv2d(channels, 3, shape, stride=2, padding="valid")
+        theirs.depthwise.load_state_dict(ours[0].state_dict())
+        theirs.pointwise.load_state_dict(ours[1].state_dict())
+        block.conv_0 = theirs
+    assert torch.equal(frontend(x, lengths)[0], y)
+
+
+def test_a_separable_frontend_by_8_is_a_third_of_the_size():
+    def size(**options):
+        return sum(p.numel() for p in ConvFrontend(channels=(64, 64, 64), **options).parameters())
+
+    y, lengths = ConvFrontend(channels=(64, 64, 64), separable=True)(
+        torch.randn(1, 401, 80), torch.tensor([401])
+    )
+    assert y.shape == (1, 51, 640) and lengths.tolist() == [51]  # what 4x gives an encoder
+    assert size(separable=True) < size() / 3
 
 
 @pytest.mark.gpu
@@ -119,12 +152,16 @@ def test_an_even_kernel_is_an_error():
         ConvFrontend(80, kernel_size=4)
 
 
-@pytest.mark.parametrize(("kernel_size", "stride", "blocks"), [(3, 2, 2), (5, 3, 2), (3, 2, 3)])
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "blocks", "separable"),
+    [(3, 2, 2, False), (5, 3, 2, False), (3, 2, 3, False), (3, 2, 3, True)],
+)
 @pytest.mark.parametrize("steps", [1, 3])
 @torch.no_grad()
-def test_steps_of_constant_size_are_the_whole(kernel_size, stride, blocks, steps):
+def test_steps_of_constant_size_are_the_whole(kernel_size, stride, blocks, separable, steps):
     torch.manual_seed(0)
-    frontend = ConvFrontend(13, [4] * blocks, kernel_size, stride).eval()
+    options = {"separable": separable}
+    frontend = ConvFrontend(13, [4] * blocks, kernel_size, stride, **options).eval()
     size = steps * frontend.subsampling
     lengths = torch.tensor([1, 2, 3, size, size + 1, size + 2, 2 * size, 3 * size - 1])
     x = torch.randn(len(lengths), 3 * size, 13)

@@ -27,6 +27,7 @@ from modules.features import Features
 from modules.frontend import ConvFrontend
 from modules.losses import ctc_loss, sequence_loss
 from modules.mamba import BiMamba, Mamba
+from modules.mamba2 import BiMamba2, Mamba2
 from modules.ops.selective_scan import chunked
 from modules.optimizers import clip, gradients_of, parameter_groups
 
@@ -138,13 +139,15 @@ MIXERS = {
     "rotary": (partial(RoPEAttention, num_heads=2, dropout=0.1), False),
     "bimamba": (BiMamba, False),
     "mamba": (Mamba, True),
+    "bimamba2": (BiMamba2, False),
+    "mamba2": (Mamba2, True),
 }
 
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_encoder(name, trace):
     mixer, causal = MIXERS[name]
-    activation = nn.GELU if name.endswith("mamba") else nn.SiLU
+    activation = nn.GELU if "mamba" in name else nn.SiLU
     encoder = Encoder(10, 16, 24, 1, mixer, activation=activation, causal=causal)
     x, lengths = x_and_lengths(10)
     with trace:
@@ -160,9 +163,10 @@ def test_scan_in_chunks_side_by_side(trace):
     assert chunked.blocks(100, *chunked.block_shape("cpu", 3 * 32 * 16, 100))[0][1] > 1
 
 
+@pytest.mark.parametrize("mixer", [Mamba, Mamba2])
 @torch.no_grad()
-def test_streaming(trace):
-    encoder = Encoder(10, 16, 24, 1, Mamba, causal=True).eval()
+def test_streaming(mixer, trace):
+    encoder = Encoder(10, 16, 24, 1, mixer, causal=True).eval()
     x, lengths = x_and_lengths(10)
     with trace:
         encoder(x, lengths, encoder.initial_state(3))

@@ -22,6 +22,7 @@ from modules.frontend import ConvFrontend
 from modules.lengths import absolute, relative
 from modules.losses import ctc_loss, sequence_loss
 from modules.mamba import BiMamba, Chunk, Mamba
+from modules.mamba2 import BiMamba2, Mamba2
 
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they save
 
@@ -31,6 +32,7 @@ PRECISIONS = {
     torch.float64: {"atol": 1e-9, "rtol": 0},
 }
 SMALL = {"d_state": 4, "d_conv": 4}
+HEADS = {**SMALL, "d_head": 8}
 FIVE = DynChunkTrainConfigRandomSampler(1.0, 5, 5, 0.0, 0, 0)  # the same whenever it is drawn
 ENCODERS = {
     "conformer": {"mixer": partial(RelPosAttention, num_heads=2)},
@@ -39,6 +41,9 @@ ENCODERS = {
     "mamba": {"mixer": partial(Mamba, **SMALL)},
     "causal_conmamba": {"mixer": partial(Mamba, **SMALL), "causal": True},
     "chunked_conmamba": {"mixer": partial(BiMamba, **SMALL), "chunks": FIVE, "lookahead": 3},
+    "conmamba2": {"mixer": partial(BiMamba2, **HEADS)},
+    "causal_conmamba2": {"mixer": partial(Mamba2, **HEADS), "causal": True},
+    "chunked_conmamba2": {"mixer": partial(BiMamba2, **HEADS), "chunks": FIVE, "lookahead": 3},
 }
 DECODERS = {
     "transformer": partial(TransformerDecoderLayer, num_heads=2, dropout=0.0),
@@ -145,11 +150,14 @@ def cut(x, lengths):
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("extra", [0, 5])
-def test_frontend(dtype, extra):
+@pytest.mark.parametrize(
+    "options", [{"channels": (3, 2)}, {"channels": (3, 2, 2), "separable": True}], ids=["4", "8"]
+)
+def test_frontend(options, dtype, extra):
     def run(model, utterances):
         return cut(*model(*pad([u[0] for u in utterances], extra)))
 
-    model = jolt(ConvFrontend(N_MELS, channels=(3, 2), dropout=0.0), dtype)
+    model = jolt(ConvFrontend(N_MELS, dropout=0.0, **options), dtype)
     check_equal(run, model, speech(N_MELS, dtype), dtype)
 
 

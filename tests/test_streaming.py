@@ -17,6 +17,7 @@ from modules.encoder import Encoder
 from modules.features import Features
 from modules.frontend import ConvFrontend
 from modules.mamba import BiMamba, Chunk, Mamba
+from modules.mamba2 import BiMamba2, Mamba2
 
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they save
 
@@ -68,9 +69,10 @@ def prepare(model, dtype):
 
 @every_precision
 @every_size
+@pytest.mark.parametrize("make", [Mamba, partial(Mamba2, d_head=4)], ids=["mamba", "mamba2"])
 @torch.no_grad()
-def test_mamba(size, dtype):
-    mixer = prepare(Mamba(8, d_state=4), dtype)
+def test_mamba(make, size, dtype):
+    mixer = prepare(make(8, d_state=4), dtype)
     x = torch.randn(5, FRAMES, 8, dtype=dtype)
     expected, expected_state = mixer(x, LENGTHS, mixer.initial_state(5))
     stateless, none = mixer(x, LENGTHS)
@@ -94,6 +96,11 @@ def run_mamba(x, lengths):
     return mixer(x, lengths, mixer.initial_state(len(x)))[-1]
 
 
+def run_mamba2(x, lengths):
+    mixer = prepare(Mamba2(8, d_state=4, d_head=4), torch.float64)
+    return mixer(x, lengths, mixer.initial_state(len(x)))[-1]
+
+
 def run_causal_encoder(x, lengths):
     encoder = Encoder(8, 8, 12, 2, partial(Mamba, d_state=4), kernel_size=5, causal=True)
     encoder = prepare(encoder, torch.float64)
@@ -107,7 +114,7 @@ def run_mamba_decoder(x, lengths):
     return decoder.advance(tokens, decoder.start(x, lengths), lengths)[-1][1]
 
 
-@pytest.mark.parametrize("run", [run_mamba, run_causal_encoder, run_mamba_decoder])
+@pytest.mark.parametrize("run", [run_mamba, run_mamba2, run_causal_encoder, run_mamba_decoder])
 @torch.no_grad()
 def test_the_state_of_an_utterance_is_that_after_its_own_end(run):
     torch.manual_seed(1)
@@ -142,9 +149,10 @@ def test_causal_encoder(size, dtype):
 
 @every_precision
 @pytest.mark.parametrize("chunk", [Chunk(3, 0), Chunk(7, 3), Chunk(5, 9), Chunk(60, 2)])
+@pytest.mark.parametrize("make", [BiMamba, partial(BiMamba2, d_head=4)], ids=["mamba", "mamba2"])
 @torch.no_grad()
-def test_chunked_bimamba(chunk, dtype):
-    mixer = prepare(BiMamba(8, d_state=4), dtype)
+def test_chunked_bimamba(make, chunk, dtype):
+    mixer = prepare(make(8, d_state=4), dtype)
     x = torch.randn(5, FRAMES, 8, dtype=dtype)
     expected, none = mixer(x, LENGTHS, chunk=chunk)
     assert none is None
@@ -161,9 +169,7 @@ def test_chunked_bimamba(chunk, dtype):
         assert y.shape[1] == size
         results.append(y)
     torch.testing.assert_close(torch.cat(results, dim=1), expected, **TOLERANCES[dtype])
-    _, forward_state = mixer.forward_ssm(
-        mixer.in_proj(x).chunk(2, dim=-1)[0], LENGTHS, state=mixer.initial_state(5)
-    )
+    _, forward_state = mixer(x, LENGTHS, mixer.initial_state(5), Chunk(FRAMES, 0))
     torch.testing.assert_close(state, forward_state, **TOLERANCES[dtype])
 
 
@@ -297,11 +303,12 @@ def test_positions_far_out_are_those_of_the_formula():
     assert sine_encoding(positions, 7, torch.float32).shape == (7, 7)
 
 
-@pytest.mark.parametrize("kernel", [(3, 2, 2), (5, 2, 2), (3, 1, 1), (7, 3, 2)])
+@pytest.mark.parametrize("kernel", [(3, 2, 2), (5, 2, 2), (3, 1, 1), (7, 3, 2), (3, 2, 3, True)])
 @torch.no_grad()
 def test_frontend(kernel):
-    kernel_size, stride, blocks = kernel
-    frontend = ConvFrontend(13, [4] * blocks, kernel_size, stride).eval()
+    kernel_size, stride, blocks, *separable = kernel
+    options = {"separable": bool(separable)}
+    frontend = ConvFrontend(13, [4] * blocks, kernel_size, stride, **options).eval()
     for frames in (*range(1, 14), 50):
         x = torch.randn(2, frames, 13)
         expected, _ = frontend(x, torch.tensor([frames, frames]))

@@ -350,8 +350,12 @@ def test_torchscript_runs_in_a_process_without_this_project(int8, folder, recogn
         {"encoder": {"mixer": {"factory": "modules.attention.RelPosAttention", "num_heads": 2}}},
         {"normalize": {"norm_type": "sentence"}},
         {"features": {"top_db": None}},
+        {
+            "encoder": {"mixer": {"factory": "modules.mamba2.BiMamba2", "d_state": 4}},
+            "frontend": {"channels": [8, 8, 8], "separable": True},
+        },
     ],
-    ids=["conformer", "sentence", "top_db"],
+    ids=["conformer", "sentence", "top_db", "mamba2_8x"],
 )
 def test_other_models_are_exported_too(parts, tmp_path):
     package = changed(tmp_path / "package", **parts)

@@ -29,6 +29,11 @@ available_backends = _backends.available
 exporting = _backends.forced
 
 
+def is_exporting() -> bool:
+    """Whether a graph is being exported, in which a scan is what `exporting` asks for."""
+    return _backends.required is not None
+
+
 def selective_scan(
     u: torch.Tensor,
     dt: torch.Tensor,
