@@ -6,9 +6,11 @@
 
 A shape is utterances x frames; all utterances have the full length. forward_ms is without
 gradients; forward_backward_ms and peak_mb are of a forward and a backward pass, peak_mb above
-parameters and input. Parameters are float32, the work is done under bf16 autocast.
+parameters and input; ratio is forward_backward_ms over the first mixer's. Parameters are float32,
+the work is done under bf16 autocast.
 
     BiMamba, Mamba         modules.mamba
+    BiMamba2, Mamba2       modules.mamba2, with its own 64 states a channel
     RelPos, RoPE           modules.attention, as in this project's Conformer
     speechbrain-relpos     SpeechBrain's RelPosMHAXL, without a padding mask
     speechbrain-rope       SpeechBrain's RoPEMHA, without a padding mask: flash attention
@@ -20,6 +22,7 @@ The last line is everything as JSON.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import measure
 from modules.attention import RelPosAttention, RoPEAttention
 from modules.mamba import BiMamba, Mamba
+from modules.mamba2 import BiMamba2, Mamba2
 
 
 class FlashAttention(nn.Module):
@@ -76,6 +80,8 @@ def speechbrain_rope(d_model, num_heads):
 MIXERS = {
     "BiMamba": lambda d_model, num_heads: BiMamba(d_model),
     "Mamba": lambda d_model, num_heads: Mamba(d_model),
+    "BiMamba2": lambda d_model, num_heads: BiMamba2(d_model),
+    "Mamba2": lambda d_model, num_heads: Mamba2(d_model),
     "RelPos": RelPosAttention,
     "RoPE": RoPEAttention,
     "speechbrain-relpos": speechbrain_relpos,
@@ -142,6 +148,8 @@ def parse():
                         help="type of the layer's input; a LayerNorm under autocast gives "
                         "float32")  # fmt: skip
     parser.add_argument("--device", default=measure.best_device())
+    parser.add_argument("--rounds", type=int, default=1, help="all mixers in turn, so often; of "
+                        "each number the least: for a busy machine")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--limit", type=float, default=2.0, help="seconds a timing")
     return parser.parse_args()
@@ -156,13 +164,19 @@ def main():
             "forward_ms": ">10.3f",
             "forward_backward_ms": ">19.3f",
             "peak_mb": ">9.1f",
+            "ratio": ">6.2f",
         }
     )
     for batch, frames in options.shapes:
-        for name in options.mixers:
-            row = measure.attempt(measure_mixer, name, batch, frames, options)
+        calls = {
+            name: partial(measure_mixer, name, batch, frames, options) for name in options.mixers
+        }
+        first = None
+        for name, row in measure.in_turn(calls, options.rounds):
+            first = first or row.get("forward_backward_ms")
+            if "error" not in row and first:
+                row["ratio"] = round(row["forward_backward_ms"] / first, 3)
             table.add({"mixer": name, "shape": f"{batch}x{frames}", **row})
-            measure.release()
     measure.print_report(
         "mixers",
         options.device,
@@ -170,6 +184,7 @@ def main():
         d_model=options.d_model,
         precision=options.precision,
         input=options.input,
+        rounds=options.rounds,
     )
 
 

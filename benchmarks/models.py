@@ -1,6 +1,7 @@
 """What training.py and inference.py measure: the shipped S2S recipes, and their baselines.
 
 Every model is the recipe's own Brain, built from a shipped YAML file as train_S2S.py builds it.
+ConMamba also comes with Mamba-2, and with 8x subsampling.
 The baselines differ from the Conformer's file in one part: the mixer of the encoder, or the whole
 Transformer, which is then SpeechBrain's `TransformerASR` between the same frontend and heads.
 """
@@ -19,11 +20,25 @@ from train_S2S import ASR
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# FastConformer's subsampling by 8, of as many channels for the encoder.
+EIGHT = {
+    "large": "{channels: [64, 64, 64], separable: True}",
+    "small": "{channels: [64, 64, 64], separable: True}",
+    "tiny": "{channels: [16, 32, 32], separable: True}",
+}
+MAMBA2 = "    mixer: !name:modules.mamba2.BiMamba2\n"
+ATTENTION = """\
+    mixer: !name:modules.attention.{}
+        num_heads: !ref <nhead>
+        dropout: !ref <dropout>
+"""
 MODELS = {
     "conmamba": {"yaml": "conmamba"},
+    "conmamba2": {"yaml": "conmamba", "mixer": MAMBA2},
+    "conmamba-8x": {"yaml": "conmamba", "frontend": EIGHT},
     "conmambamamba": {"yaml": "conmambamamba"},
-    "conformer-relpos": {"yaml": "conformer", "mixer": "RelPosAttention"},
-    "conformer-rope": {"yaml": "conformer", "mixer": "RoPEAttention"},
+    "conformer-relpos": {"yaml": "conformer", "mixer": ATTENTION.format("RelPosAttention")},
+    "conformer-rope": {"yaml": "conformer", "mixer": ATTENTION.format("RoPEAttention")},
     "speechbrain-relpos": {"yaml": "conformer", "speechbrain": "RelPosMHAXL"},
     "speechbrain-rope": {"yaml": "conformer", "speechbrain": "RoPEMHA"},
 }
@@ -78,15 +93,11 @@ def recipe_text(model, size):
     mixer = spec.get("mixer")
     if not path.is_file():  # there is no tiny Conformer: the ConMamba's file with attention
         path = ROOT / f"hparams/S2S/conmamba_{size}.yaml"
-        mixer = mixer or "RelPosAttention"
+        mixer = mixer or ATTENTION.format("RelPosAttention")
     text = path.read_text(encoding="utf-8")
-    if mixer is None or f"modules.attention.{mixer}\n" in text:
+    if mixer is None or mixer in text:
         return text
-    block = (
-        f"    mixer: !name:modules.attention.{mixer}\n"
-        "        num_heads: !ref <nhead>\n        dropout: !ref <dropout>\n"
-    )
-    text, found = re.subn(r"^    mixer: !name:.*\n(?:        .*\n)*", block, text, flags=re.M)
+    text, found = re.subn(r"^    mixer: !name:.*\n(?:        .*\n)*", mixer, text, flags=re.M)
     assert found == 1, f"{path} has {found} lines with a mixer"
     return text
 
@@ -114,6 +125,8 @@ def build(model, size, folder, device, precision="bf16", compile_mode=None, over
         "fea_augment": "{augment_prob: 0.0}",
     }
     arguments = [f"--{key}={value}" for key, value in options.items()]
+    if "frontend" in MODELS[model]:
+        arguments.append(f"--frontend={MODELS[model]['frontend'][size]}")
     arguments += [f"--{override}" for override in overrides]
     brain_class, attention_type = ASR, MODELS[model].get("speechbrain")
     if compile_mode and attention_type is None:

@@ -11,6 +11,7 @@ batch is utterances x seconds, of noise. peak_gb is all that the allocator held,
 optimizer included. warm_up_s is the first step with a batch's shape.
 
     conmamba, conmambamamba                  the shipped files
+    conmamba2, conmamba-8x                   with Mamba-2 for a mixer, with subsampling by 8
     conformer-relpos, conformer-rope         the shipped Conformer, and with rotary attention
     speechbrain-relpos, speechbrain-rope     SpeechBrain's TransformerASR in their place
 

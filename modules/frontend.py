@@ -166,6 +166,12 @@ class ConvFrontend(nn.Module):
         )
 
     @property
+    def output_size(self):
+        """F', channels of a frame of the result."""
+        bins, channels = self.shapes[-1]
+        return bins * channels
+
+    @property
     def subsampling(self):
         """Feature frames a frame of the result."""
         return self.stride ** len(self.blocks)

@@ -126,6 +126,7 @@ def start(argv):
     except ValueError as error:
         raise UserError(str(error)) from error
     check_alphabet(hparams)
+    check_sizes(hparams)
     selective_scan.set_backend(hparams.get("scan_backend", "auto"))
     return path, hparams, run_opts, overrides
 
@@ -172,6 +173,18 @@ def check_alphabet(hparams):
         raise UserError(
             f"output_neurons={hparams['output_neurons']} does not fit the alphabet, which with "
             f"blank, bos and eos has {len(tokens)}; set --output_neurons {len(tokens)}"
+        )
+
+
+def check_sizes(hparams):
+    """UserError unless the encoder takes what the frontend gives."""
+    given = getattr(hparams.get("frontend"), "output_size", None)
+    layer = getattr(hparams.get("encoder"), "input_layer", None)
+    if given is not None and layer is not None and layer[0].in_features != given:
+        raise UserError(
+            f"the encoder's input_size={layer[0].in_features} does not fit the frontend, which "
+            f"gives {given} channels a frame; set its channels, or --encoder "
+            f'"{{input_size: {given}}}"'
         )
 
 

@@ -4,13 +4,18 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import measure
+from benchmarks import compiled_loop, measure, scan
+from modules.ops.selective_scan import selective_scan
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -35,18 +40,19 @@ def report_of(printed, benchmark):
 
 
 def test_mixers():
-    names = ["BiMamba", "Mamba", "RelPos", "RoPE", "speechbrain-relpos", "speechbrain-rope",
-             "flash-attention"]  # fmt: skip
+    names = ["BiMamba", "Mamba", "BiMamba2", "Mamba2", "RelPos", "RoPE", "speechbrain-relpos",
+             "speechbrain-rope", "flash-attention"]  # fmt: skip
     printed, _ = run("mixers.py", "--device=cpu", "--d_model=32", "--num_heads=4",
-                     "--shapes", "2x20", "1x30", "--repeats=1", "--limit=0.1")  # fmt: skip
+                     "--shapes", "2x20", "1x30", "--repeats=1", "--limit=0.1",
+                     "--rounds=2")  # fmt: skip
     rows = report_of(printed, "mixers")["rows"]
     assert [row["mixer"] for row in rows] == 2 * names
     assert all(row["forward_ms"] > 0 and row["forward_backward_ms"] > 0 for row in rows)
-    assert len(printed) == 2 + len(rows)
+    assert len(printed) == 2 + len(rows) and rows[0]["ratio"] == 1
 
 
 def test_training(tmp_path):
-    models = ["conmamba", "conformer-rope", "speechbrain-relpos"]
+    models = ["conmamba", "conmamba-8x", "conformer-rope", "speechbrain-relpos"]
     printed, _ = run("training.py", "--device=cpu", "--sizes=tiny", "--batches", "2x1",
                      "--models", *models, "--steps=1", "--limit=0.1",
                      "--override", "gradient_checkpointing=True",
@@ -88,6 +94,47 @@ def test_loading(workers):
     assert rows[0]["share"] == 1 and all(row["steps"] == 1 for row in rows)
 
 
+def test_cpu():
+    printed, _ = run("cpu.py", "--sizes=tiny", "--models", "conmamba", "conmamba2",
+                     "--utterance=1", "--batch=1x1", "--rounds=1", "--threads=1")  # fmt: skip
+    rows = report_of(printed, "cpu")["rows"]
+    assert [(row["model"], row["scan"]) for row in rows] == [
+        ("conmamba", "chunked"), ("conmamba", "naive"), ("conmamba2", "chunked"),
+    ]  # fmt: skip
+    assert all(row["recognise_rtf"] > 0 and row["train_s_ratio"] > 0 for row in rows)
+
+
+def test_of_rounds_the_least_number_counts():
+    times, calls = iter([3.0, 9.0, 5.0, 7.0]), []
+
+    def call(name):
+        calls.append(name)
+        return {"ms": next(times), "model": name}
+
+    rows = measure.in_turn({name: partial(call, name) for name in "ab"}, rounds=2)
+    assert list(rows) == [("a", {"ms": 3.0, "model": "a"}), ("b", {"ms": 7.0, "model": "b"})]
+    assert calls == ["a", "b", "a", "b"]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_the_loop_in_c_is_the_scan():
+    assert compiled_loop.availability() == "ok"
+    inputs = scan.make_inputs(SimpleNamespace(batch=2, frames=23, channels=5, states=3,
+                                              device="cpu", dtype="float32"))  # fmt: skip
+    dy = torch.randn(2, 23, 5)
+    y = selective_scan(**inputs, dt_softplus=True, backend="naive")
+    gradients = torch.autograd.grad(y, list(inputs.values()), dy)
+    found, ours = compiled_loop.forward_backward(inputs, dy)
+    torch.testing.assert_close(found, y, rtol=1e-4, atol=1e-4)
+    for expected, (name, gradient) in zip(gradients, ours.items(), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_without_a_compiler_the_loop_tells_why(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert compiled_loop.availability() == "needs a C compiler, and there is no cc on the PATH"
+
+
 def test_scan_check_fails_by_its_exit_status():
     """At so small a shape chunked saves no memory, or no time."""
     printed, status = run("scan.py", "--check", "--batch=1", "--frames=4", "--channels=8",
@@ -112,7 +159,7 @@ def test_a_failed_row_tells_why(capsys):
 
 def test_help_shows_how_to_run():
     """`--help` prints a script's docstring."""
-    for script in ("mixers", "training", "inference", "loading", "scan", "language_models"):
+    for script in ("mixers", "training", "inference", "loading", "scan", "language_models", "cpu"):
         text = (ROOT / f"benchmarks/{script}.py").read_text()
         assert f"python benchmarks/{script}.py --" in ast.get_docstring(ast.parse(text))
         assert "description=__doc__," in text

@@ -1,5 +1,7 @@
 """The state-space dual of Mamba-2: the public function, its checks and the choice of backend."""
 
+import contextlib
+
 import torch
 from torch.nn import functional as F  # noqa: N812
 
@@ -54,7 +56,9 @@ def state_space_dual(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[2], dtype=dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)  # where it is off, an exported graph knows none
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         padding = padding_mask(lengths, x.shape[1])
         dt = F.softplus(_masked(dt, padding).to(dtype) + dt_bias.to(dtype))
         dt = _masked(dt, padding)  # the state then passes through padded frames unchanged
