@@ -65,13 +65,19 @@ def print_report(benchmark, device, rows, **more):
 
 # ---- Time and memory ----
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCK_HELP = (
+    "cpu: the processor's time that the benchmark itself took, for a machine that is busy with "
+    "other programs; with one thread alone it stands for the wall's"
+)
+
 
 def synchronize(device):
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
 
-def time_calls(call, device, repeats=20, warm_up=3, limit=6.0):
+def time_calls(call, device, repeats=20, warm_up=3, limit=6.0, clock="wall"):
     """Median milliseconds of a call, and the seconds of the first: {"ms", "warm_up_s"}.
 
     The calls follow each other as in a run, without waiting for the device in between, so that
@@ -89,17 +95,17 @@ def time_calls(call, device, repeats=20, warm_up=3, limit=6.0):
     call()
     synchronize(device)
     fitting = int(limit / (time.perf_counter() - started))
-    times = intervals(call, device, max(3, min(repeats, fitting)))
+    times = intervals(call, device, max(3, min(repeats, fitting)), CLOCKS[clock])
     return {"ms": round(statistics.median(times), 4), "warm_up_s": round(first, 2)}
 
 
-def intervals(call, device, repeats):
+def intervals(call, device, repeats, clock=time.perf_counter):
     """Milliseconds from one call's end to the next one's, on the device's own clock."""
     if torch.device(device).type != "cuda":
-        marks = [time.perf_counter()]
+        marks = [clock()]
         for _ in range(repeats):
             call()
-            marks.append(time.perf_counter())
+            marks.append(clock())
         return [(b - a) * 1e3 for a, b in itertools.pairwise(marks)]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()

@@ -13,6 +13,7 @@ from speechbrain.utils.metric_stats import ErrorRateStats
 from modules.checkpoints import average, best, newest
 from modules.compilation import compile_layers
 from modules.data import WholeStepSampler
+from modules.ema import WeightAverage
 from modules.errors import UserError
 from modules.graphs import Graphs, TrainingGraphs, pad_to_few_shapes
 from modules.lengths import absolute, relative, zero_padding
@@ -49,6 +50,9 @@ class ASRBrain(ResumingBrain):
         self.loggers = make_loggers(hparams)
         self.graphs = self.evaluation_graphs = None
         self.results, self.unread = {}, []
+        self.ema = WeightAverage(hparams["model"], getattr(self.hparams, "ema_decay", 0.0))
+        if self.ema.decay:
+            self.checkpointer.add_recoverable("ema", self.ema)
 
     # ---- The network ----
 
@@ -135,6 +139,8 @@ class ASRBrain(ResumingBrain):
         """Fresh metrics for validation and test."""
         self.unread = []
         super().on_stage_start(stage, epoch)
+        if stage != sb.Stage.TEST:  # for which the checkpoints' average is loaded
+            self.ema.show(stage == sb.Stage.VALID)
         if stage != sb.Stage.TRAIN:
             self.wer = ErrorRateStats()
             self.cer = ErrorRateStats(split_tokens=True)
@@ -198,6 +204,8 @@ class ASRBrain(ResumingBrain):
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("optimizer", self.optimizer)
         advance_before_steps(self.hparams.lr_scheduler, self.optimizer)
+        if self.ema.decay:
+            self.optimizer.register_step_post_hook(self.ema.update)
 
     def fit_batch(self, batch):
         self.note_unread(batch.unread)
@@ -270,6 +278,10 @@ class ASRBrain(ResumingBrain):
     def validation_statistics(self):
         """What is logged, and ranked by, after validation: {name: number}."""
         return self.error_rates()
+
+    def _save_intra_epoch_ckpt(self):
+        with self.ema.showing():
+            super()._save_intra_epoch_ckpt()
 
     def save_checkpoint(self, epoch, stats):
         """Keep the best checkpoints for averaging, and the newest for continuing."""

@@ -103,12 +103,12 @@ class Checkpointer(checkpoints.Checkpointer):
             logger.log(verbosity, "Deleted the checkpoint %s", path)
 
     @main_process_only
-    def space_missing(self, model, copies):
+    def space_missing(self, model, copies, beside=2):
         """Why the disk cannot take so many more checkpoints of a model; None when it can."""
         self.sweep()
         weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-        # Adam's two moments.
-        size = weights + 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        # Adam's two moments, and what else is kept beside the weights.
+        size = weights + beside * sum(p.nbytes for p in model.parameters() if p.requires_grad)
         free = shutil.disk_usage(self.checkpoints_dir).free
         if free >= copies * size:
             return None

@@ -44,7 +44,8 @@ POSITIVE = (
     "test_beam_size sample_rate n_fft win_length hop_length n_mels"
 )
 SHARES = (
-    "dropout mixer_dropout drop_path inter_ctc_weight noise_probability reverberation_probability"
+    "dropout mixer_dropout drop_path ema_decay inter_ctc_weight noise_probability "
+    "reverberation_probability"
 )
 SECONDS = ("max_batch_length_train", "max_batch_length_val")  # may be fractions
 
@@ -236,6 +237,8 @@ def check_ctc_losses(values):
     layers, count = values["inter_ctc_layers"], values["num_encoder_layers"]
     if values["drop_path"] == 1:
         raise UserError("drop_path=1 would leave out all branches of the last layer; use 0.2")
+    if values.get("ema_decay", 0) == 1:
+        raise UserError("ema_decay=1 would never leave the first step's weights; use 0.999")
     if any(not isinstance(n, int) or not 1 <= n < count for n in layers):
         raise UserError(
             f"inter_ctc_layers={layers} must be numbers of layers below the last one, 1 to "

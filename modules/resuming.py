@@ -207,6 +207,7 @@ class ResumingBrain(HalvingBrain):
         within = self.ckpt_interval_minutes > 0 or self.ckpt_interval_steps > 0
         most = 2 * self.hparams.avg_checkpoints + within + 1
         copies = min(most - len(self.checkpointer.list_checkpoints()), epochs + within)
-        missing = self.checkpointer.space_missing(self.hparams.model, max(copies, 1))
+        beside = 3 if getattr(self.hparams, "ema_decay", 0) else 2
+        missing = self.checkpointer.space_missing(self.hparams.model, max(copies, 1), beside)
         if missing:
             raise UserError(missing)

@@ -24,6 +24,7 @@ MIXERS = {
     "rotary": partial(RoPEAttention, num_heads=2),
     "bimamba": partial(BiMamba, d_state=4),
     "mamba": partial(Mamba, d_state=4),
+    "apart": partial(BiMamba, d_state=4, share_projections=False),
     "bimamba2": partial(BiMamba2, d_state=4, d_head=8),
     "mamba2": partial(Mamba2, d_state=4, d_head=8),
 }
@@ -74,12 +75,16 @@ def test_attention_knows_the_order_of_frames(mixer):
     assert (shuffled - y[:, order]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("mixer", ["bimamba", "bimamba2"])
-def test_bimamba_mirrors_itself(mixer):
-    mixer = MIXERS[mixer](16).double()
+@pytest.mark.parametrize("mixer_name", ["bimamba", "apart", "bimamba2"])
+def test_bimamba_mirrors_itself(mixer_name):
+    mixer = MIXERS[mixer_name](16).double()
     x, lengths = torch.randn(1, 9, 16, dtype=torch.float64), torch.tensor([9])
     y, _ = mixer(x, lengths)
     mixer.forward_ssm.load_state_dict(mixer.backward_ssm.state_dict())
+    if mixer_name == "apart":
+        for name in ("in_proj", "out_proj"):
+            own = mixer.get_submodule(f"backward_{name}").state_dict()
+            mixer.get_submodule(name).load_state_dict(own)
     if isinstance(mixer, BiMamba2):  # what each direction takes besides x
         *_, forward, backward = mixer.in_proj.weight.data.split(mixer.split)
         forward.copy_(backward)
@@ -87,6 +92,18 @@ def test_bimamba_mirrors_itself(mixer):
     mirrored, _ = mixer(x.flip(1), lengths)
     torch.testing.assert_close(mirrored.flip(1), same)
     assert (same - y).abs().max() > 1e-6  # each direction has weights of its own
+
+
+def test_apart_it_is_the_mean_of_two_mambas():
+    mixer, forward = MIXERS["apart"](16), Mamba(16, d_state=4)
+    backward = Mamba(16, d_state=4)
+    for mamba, of in ((forward, ""), (backward, "backward_")):
+        mamba.ssm.load_state_dict(mixer.get_submodule(f"{of or 'forward_'}ssm").state_dict())
+        for name in ("in_proj", "out_proj"):
+            mamba.get_submodule(name).load_state_dict(mixer.get_submodule(of + name).state_dict())
+    x, lengths = torch.randn(1, 9, 16), torch.tensor([9])
+    mean = 0.5 * (forward(x, lengths)[0] + backward(x.flip(1), lengths)[0].flip(1))
+    torch.testing.assert_close(mixer(x, lengths)[0], mean)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -19,8 +19,8 @@ from tests.test_distributed import finish, start_ranks
 CTC = "CTC/conmamba_tiny.yaml"
 FAULTY = str(runs.ROOT / "tests/recipes/faulty.py")
 # All that is random or counted: dropout of all kinds, SpecAugment of two views, noise, rooms,
-# speeds, workers, running statistics of the features, accumulation, whose steps the checkpoints'
-# interval does not divide.
+# speeds, workers, running statistics of the features, a moving average of the weights,
+# accumulation, whose steps the checkpoints' interval does not divide.
 EVERYTHING = {
     "number_of_epochs": 2,
     "dropout": 0.2,
@@ -35,6 +35,7 @@ EVERYTHING = {
     "consistency_weight": 0.2,
     "drop_path": 0.3,
     "mixer_dropout": 0.1,
+    "ema_decay": 0.8,
 }
 
 

@@ -186,6 +186,8 @@ def test_the_loss_is_the_weighted_sum_of_all(tmp_path):
         ({"inter_ctc_layers": "[1]", "num_encoder_layers": 1}, r"inter_ctc_layers=\[1\]"),
         ({"noise_probability": 1.5}, "noise_probability=1.5 must be from 0 to 1"),
         ({"drop_path": 1}, "drop_path=1"),
+        ({"ema_decay": 1}, "ema_decay=1"),
+        ({"ema_decay": -0.1}, "ema_decay=-0.1 must be from 0 to 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, words, tmp_path):

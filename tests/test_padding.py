@@ -41,6 +41,7 @@ ENCODERS = {
     "mamba": {"mixer": partial(Mamba, **SMALL)},
     "causal_conmamba": {"mixer": partial(Mamba, **SMALL), "causal": True},
     "chunked_conmamba": {"mixer": partial(BiMamba, **SMALL), "chunks": FIVE, "lookahead": 3},
+    "conmamba_apart": {"mixer": partial(BiMamba, share_projections=False, **SMALL)},
     "conmamba2": {"mixer": partial(BiMamba2, **HEADS)},
     "causal_conmamba2": {"mixer": partial(Mamba2, **HEADS), "causal": True},
     "chunked_conmamba2": {"mixer": partial(BiMamba2, **HEADS), "chunks": FIVE, "lookahead": 3},

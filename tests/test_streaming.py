@@ -28,6 +28,11 @@ TOLERANCES = {
 FRAMES = 41
 # The second ends inside a piece, the third at the edge of several, the last never begins.
 LENGTHS = torch.tensor([41, 17, 21, 1, 0])
+MIXERS = [
+    BiMamba,
+    partial(BiMamba, share_projections=False),
+    partial(BiMamba2, d_head=4),
+]
 LAYERS = {
     "transformer": partial(TransformerDecoderLayer, num_heads=2),
     "mamba": partial(MambaDecoderLayer, d_state=4),
@@ -149,7 +154,7 @@ def test_causal_encoder(size, dtype):
 
 @every_precision
 @pytest.mark.parametrize("chunk", [Chunk(3, 0), Chunk(7, 3), Chunk(5, 9), Chunk(60, 2)])
-@pytest.mark.parametrize("make", [BiMamba, partial(BiMamba2, d_head=4)], ids=["mamba", "mamba2"])
+@pytest.mark.parametrize("make", MIXERS)
 @torch.no_grad()
 def test_chunked_bimamba(make, chunk, dtype):
     mixer = prepare(make(8, d_state=4), dtype)

@@ -1,0 +1,63 @@
+"""A moving average of the weights: what it is, and that validation, test and packages have it."""
+
+import torch
+from torch import nn
+
+from modules.checkpoints import Checkpointer
+from modules.ema import WeightAverage
+from tests.recipes import runs
+
+CTC = "CTC/conmamba_tiny.yaml"
+
+
+def test_it_is_the_formula_and_changes_places():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    ema, steps = WeightAverage(model, 0.9), []
+    ema.show()  # before the first step there is nothing to show
+    for _ in range(5):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 3))
+        ema.update()
+        steps.append(model.weight.clone())
+    expected = steps[0]
+    for weight in steps[1:]:
+        expected = 0.9 * expected + 0.1 * weight
+    with ema.showing():
+        torch.testing.assert_close(model.weight, expected)
+        with ema.showing():
+            torch.testing.assert_close(model.weight, expected)
+        torch.testing.assert_close(model.weight, expected)
+    assert torch.equal(model.weight, steps[-1])
+
+
+def test_without_a_decay_nothing_is_kept():
+    model = nn.Linear(3, 2)
+    ema = WeightAverage(model, 0)
+    before = model.weight.clone()
+    with ema.showing():
+        assert torch.equal(model.weight, before)
+    assert vars(ema).keys() == {"decay", "shown"}
+
+
+def test_validation_checkpoints_and_test_have_the_average(tmp_path, monkeypatch):
+    """The log's validation is of the saved model, and the trained weights go on beside it."""
+    options = {"number_of_epochs": 1, "ema_decay": 0.9, "avg_checkpoints": 1}
+    options |= {"ckpt_interval_steps": 2, "test_splits": "[test-a]"}
+    seen, show = [], WeightAverage.show
+
+    def spy(self, shown=True):
+        show(self, shown)
+        seen.append((shown, [w.detach().clone() for w in self.weights]))
+
+    monkeypatch.setattr(WeightAverage, "show", spy)
+    runs.train(CTC, tmp_path, **options)
+    monkeypatch.undo()
+    found = Checkpointer(tmp_path / "save").find_checkpoint(max_key="epoch")
+    model = torch.load(found.paramfiles["model"], weights_only=True)
+    state = torch.load(found.paramfiles["ema"], weights_only=True)
+    assert state["shown"] and state["n_averaged"] > 2
+    validated = [weights for shown, weights in seen if shown][-1]
+    assert all(torch.equal(a, b) for a, b in zip(model.values(), validated, strict=True))
+    trained = [state[f"module.{i}"] for i in range(len(validated))]
+    assert not any(torch.equal(a, b) for a, b in zip(trained, validated, strict=True))
