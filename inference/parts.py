@@ -25,6 +25,7 @@ from modules.mamba import BiMamba, Mamba
 from modules.mamba2 import BiMamba2, Mamba2
 from modules.search import CTCSearch, JointBeamSearch
 from modules.tokenizer import CharacterTokenizer, SubwordTokenizer
+from modules.two_mambas import TwoMambas
 
 FORMAT = 1  # of config.json; another number is refused
 LARGEST = 1 << 20  # a whole number in a configuration
@@ -42,6 +43,7 @@ CLASSES = {
     "modules.mamba.Mamba": Mamba,
     "modules.mamba2.BiMamba2": BiMamba2,
     "modules.mamba2.Mamba2": Mamba2,
+    "modules.two_mambas.TwoMambas": TwoMambas,
     "modules.attention.RelPosAttention": RelPosAttention,
     "modules.attention.RoPEAttention": RoPEAttention,
     "modules.decoder.Decoder": Decoder,

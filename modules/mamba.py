@@ -169,24 +169,18 @@ class BiMamba(nn.Module):
     out = out_proj(1/2 (y_forward + y_backward) silu(z)), as both directions share the gate z.
     Arguments as in `Mamba`. Told a `Chunk`, it needs no more of the future than that, and runs
     chunk by chunk with the forward direction's state.
-    share_projections: False gives each direction an in_proj and an out_proj of its own, so that
-    it is the mean of two `Mamba`, one of them backwards.
     """
 
     causal = False
     chunkable = True
 
-    def __init__(self, d_model, d_state=16, expand=2, d_conv=4, share_projections=True):
+    def __init__(self, d_model, d_state=16, expand=2, d_conv=4):
         super().__init__()
         d_inner, dt_rank = expand * d_model, math.ceil(d_model / 16)
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
         self.forward_ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank)
         self.backward_ssm = SelectiveSSM(d_inner, d_state, d_conv, dt_rank, reverse=True)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
-        self.share_projections = share_projections
-        if not share_projections:
-            self.backward_in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
-            self.backward_out_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def initial_state(self, batch_size):
         """The state before the first chunk."""
@@ -199,11 +193,9 @@ class BiMamba(nn.Module):
         after them; the forward direction runs through, from a state if one is given, and lengths
         may be None. None: both see whole utterances, and there is no state.
         """
-        assert state is None or chunk, "BiMamba runs in pieces only if it is told the chunk"
-        if not self.share_projections:
-            return self._apart(x, lengths, state, chunk)
         if chunk is not None:
             return self._chunked(x, lengths, state, chunk)
+        assert state is None, "BiMamba runs in pieces only if it is told the chunk"
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = bidirectional_conv1d(
             x, self._both("conv1d.weight").squeeze(2), self._both("conv1d.bias"), lengths
@@ -234,19 +226,6 @@ class BiMamba(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         y, state = run_in_chunks(self.forward_ssm, self.backward_ssm, x, x, lengths, state, chunk)
         return self.out_proj(gated_mean(torch.stack(y), z[:, : y[0].shape[1]])), state
-
-    def _apart(self, x, lengths, state, chunk):
-        projected = self.in_proj(x).chunk(2, dim=-1), self.backward_in_proj(x).chunk(2, dim=-1)
-        (x_forward, z_forward), (x_backward, z_backward) = projected
-        if chunk is None:
-            y_forward, _ = self.forward_ssm(x_forward, lengths, z=z_forward)
-            y_backward, _ = self.backward_ssm(x_backward, lengths, z=z_backward)
-        else:
-            directions = self.forward_ssm, self.backward_ssm, x_forward, x_backward
-            (y_forward, y_backward), state = run_in_chunks(*directions, lengths, state, chunk)
-            y_forward = y_forward * F.silu(z_forward[:, : y_forward.shape[1]])
-            y_backward = y_backward * F.silu(z_backward[:, : y_backward.shape[1]])
-        return 0.5 * (self.out_proj(y_forward) + self.backward_out_proj(y_backward)), state
 
     def _projections(self):
         """The weights (2, R + 2 N, d_inner) to dt, B and C, and (2, d_inner, R) from dt.

@@ -16,6 +16,7 @@ from modules.encoder import Encoder
 from modules.encoder_layer import ConvModule
 from modules.mamba import BiMamba, Mamba
 from modules.mamba2 import BiMamba2, Mamba2
+from modules.two_mambas import TwoMambas
 
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they save
 
@@ -24,7 +25,7 @@ MIXERS = {
     "rotary": partial(RoPEAttention, num_heads=2),
     "bimamba": partial(BiMamba, d_state=4),
     "mamba": partial(Mamba, d_state=4),
-    "apart": partial(BiMamba, d_state=4, share_projections=False),
+    "two": partial(TwoMambas, d_state=4),
     "bimamba2": partial(BiMamba2, d_state=4, d_head=8),
     "mamba2": partial(Mamba2, d_state=4, d_head=8),
 }
@@ -75,13 +76,13 @@ def test_attention_knows_the_order_of_frames(mixer):
     assert (shuffled - y[:, order]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("mixer_name", ["bimamba", "apart", "bimamba2"])
+@pytest.mark.parametrize("mixer_name", ["bimamba", "two", "bimamba2"])
 def test_bimamba_mirrors_itself(mixer_name):
     mixer = MIXERS[mixer_name](16).double()
     x, lengths = torch.randn(1, 9, 16, dtype=torch.float64), torch.tensor([9])
     y, _ = mixer(x, lengths)
     mixer.forward_ssm.load_state_dict(mixer.backward_ssm.state_dict())
-    if mixer_name == "apart":
+    if isinstance(mixer, TwoMambas):
         for name in ("in_proj", "out_proj"):
             own = mixer.get_submodule(f"backward_{name}").state_dict()
             mixer.get_submodule(name).load_state_dict(own)
@@ -94,8 +95,8 @@ def test_bimamba_mirrors_itself(mixer_name):
     assert (same - y).abs().max() > 1e-6  # each direction has weights of its own
 
 
-def test_apart_it_is_the_mean_of_two_mambas():
-    mixer, forward = MIXERS["apart"](16), Mamba(16, d_state=4)
+def test_two_mambas_are_the_mean_of_both():
+    mixer, forward = MIXERS["two"](16), Mamba(16, d_state=4)
     backward = Mamba(16, d_state=4)
     for mamba, of in ((forward, ""), (backward, "backward_")):
         mamba.ssm.load_state_dict(mixer.get_submodule(f"{of or 'forward_'}ssm").state_dict())

@@ -60,7 +60,6 @@ OLD_MAMBA_KEYS = {"d_state", "expand", "d_conv"}
 # What makes a variant: its mixer, its decoder, and how the published runs of that size differ.
 VARIANT_KEYS = (
     "output_folder encoder decoder activation decoder_activation nhead d_state expand d_conv "
-    "share_projections "
     "initialization scan_backend grad_accumulation_factor n_warmup_steps top_db compute_features "
     "chunks chunk_size lookahead chunkwise_prob chunk_size_min chunk_size_max "
     "alphabet output_neurons token_type pretrained_lm_tokenizer_path tokenizer"

@@ -23,6 +23,7 @@ from modules.lengths import absolute, relative
 from modules.losses import ctc_loss, sequence_loss
 from modules.mamba import BiMamba, Chunk, Mamba
 from modules.mamba2 import BiMamba2, Mamba2
+from modules.two_mambas import TwoMambas
 
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they save
 
@@ -41,7 +42,7 @@ ENCODERS = {
     "mamba": {"mixer": partial(Mamba, **SMALL)},
     "causal_conmamba": {"mixer": partial(Mamba, **SMALL), "causal": True},
     "chunked_conmamba": {"mixer": partial(BiMamba, **SMALL), "chunks": FIVE, "lookahead": 3},
-    "conmamba_apart": {"mixer": partial(BiMamba, share_projections=False, **SMALL)},
+    "two_mambas": {"mixer": partial(TwoMambas, **SMALL)},
     "conmamba2": {"mixer": partial(BiMamba2, **HEADS)},
     "causal_conmamba2": {"mixer": partial(Mamba2, **HEADS), "causal": True},
     "chunked_conmamba2": {"mixer": partial(BiMamba2, **HEADS), "chunks": FIVE, "lookahead": 3},

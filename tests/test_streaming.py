@@ -18,6 +18,7 @@ from modules.features import Features
 from modules.frontend import ConvFrontend
 from modules.mamba import BiMamba, Chunk, Mamba
 from modules.mamba2 import BiMamba2, Mamba2
+from modules.two_mambas import TwoMambas
 
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they save
 
@@ -30,7 +31,7 @@ FRAMES = 41
 LENGTHS = torch.tensor([41, 17, 21, 1, 0])
 MIXERS = [
     BiMamba,
-    partial(BiMamba, share_projections=False),
+    TwoMambas,
     partial(BiMamba2, d_head=4),
 ]
 LAYERS = {
