@@ -180,6 +180,27 @@ def test_gradcheck(cut):
         )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("frames", [1, 65, 400])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cuda_equals_naive_in_double(backend, frames, reverse, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    exact = make(frames, heads=4, channels=32, states=64)
+    lengths, results = torch.tensor([frames, 0, max(frames // 2, 1)]), []
+    for device, dtype, name in (("cpu", torch.float64, "naive"), ("cuda", torch.float32, backend)):
+        leaves = {k: v.detach().to(device, dtype).requires_grad_() for k, v in exact.items()}
+        y, state = state_space_dual(
+            **leaves, lengths=lengths.to(device), reverse=reverse, backend=name
+        )
+        loss = y.square().sum() + state.square().sum()
+        results.append([y, state, *torch.autograd.grad(loss, list(leaves.values()))])
+    for expected, got in zip(*results, strict=True):
+        scale = expected.abs().max().clamp(min=1)
+        assert (got.cpu().double() - expected).abs().max() <= 1e-4 * scale
+
+
 def test_the_environment_and_an_exported_graph_choose(monkeypatch):
     leaves, used = make(3), []
     for module in (chunked, scan):

@@ -5,7 +5,8 @@ mask holds the decay from each frame to each later one. Chunks hand on a state, 
 states before them add to y is one more product.
 
 Nothing is ever divided by a product of decays, nor are sums of their logarithms subtracted: every
-factor is exp of a sum of dt A over the frames between, so any dt and A are safe.
+factor is exp of a sum of dt A over the frames between, so any dt and A are safe. On CUDA float32
+products may be TF32's, as in any layer.
 """
 
 import torch
