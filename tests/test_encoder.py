@@ -65,6 +65,16 @@ def test_rotary_attention_is_speechbrains():
     assert torch.equal(y, theirs(x, x, x, return_attn_weights=False))
 
 
+def test_rotary_tables_made_in_inference_mode_can_be_trained_with():
+    mixer = RoPEAttention(20, 2)  # a head size of its own: SpeechBrain keeps tables by head size
+    lengths = torch.tensor([5])
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            with torch.inference_mode():
+                mixer(torch.randn(1, 5, 20), lengths)
+            mixer(torch.randn(1, 5, 20), lengths)[0].sum().backward()
+
+
 @pytest.mark.parametrize("mixer", ["relative", "rotary"])
 def test_attention_knows_the_order_of_frames(mixer):
     attention = MIXERS[mixer](16).eval()

@@ -317,16 +317,6 @@ def test_an_empty_memory_or_no_tokens_harm_no_other(name):
     assert all(torch.isfinite(g).all() for g in batch_parameters.values())
 
 
-def test_rotary_tables_made_in_inference_mode_can_be_trained_with():
-    mixer = RoPEAttention(20, 2)  # a head size of its own: SpeechBrain keeps tables by head size
-    lengths = torch.tensor([5])
-    for autocast in (False, True):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            with torch.inference_mode():
-                mixer(torch.randn(1, 5, 20), lengths)
-            mixer(torch.randn(1, 5, 20), lengths)[0].sum().backward()
-
-
 SAMPLES = [16000, 1, 159, 160, 161, 7999, 12001, 399]
 
 
