@@ -1,7 +1,6 @@
 """What both training scripts do, in order: prepare, train, evaluate, sum up."""
 
 import inspect
-import os
 import shlex
 import sys
 import time
@@ -59,7 +58,6 @@ def run(path, hparams, run_opts, overrides, brain_class, dataio_prepare):
     train, valid, tests = dataio_prepare(hparams)
     train_hours = hours(train, times_per_epoch(hparams, train))
     brain = brain_class(hparams, run_opts)
-    brain.noprogressbar = brain.noprogressbar or not os.isatty(2)
     brain.check_start()
     launch.on_main(save_hyperparams, path, hparams, overrides)
     if not hparams["skip_train"]:
