@@ -10,7 +10,6 @@ OUTPUT becomes an output folder that can be evaluated or trained on:
 import argparse
 import os
 import re
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import yaml
 from hyperpyyaml import load_hyperpyyaml
 
 from modules.checkpoints import Checkpointer
+from modules.command import plain_errors
 from modules.errors import UserError
 from modules.tensors import load_tensors
 from modules.tokenizer import SPECIAL
@@ -170,14 +170,11 @@ def main():
         help="CTC: label_encoder.txt of the published run, which sets the alphabet's order",
     )
     arguments = parser.parse_args()
-    try:
+    with plain_errors():
         path = convert_folder(
             arguments.source, arguments.hparams, arguments.output, arguments.label_encoder
         )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"wrote {path}")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

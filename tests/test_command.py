@@ -1,0 +1,50 @@
+"""A command's end: a line for a person, and a status for a script."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from modules.command import plain_errors
+from modules.errors import UserError
+from tests.recipes import runs
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (UserError("n=0 must be positive"), 2, "error: n=0 must be positive\n"),
+        (OSError("no space"), 2, "error: no space; nothing was written\n"),
+        (KeyboardInterrupt(), 130, "\nstopped\n"),
+    ],
+)
+def test_one_line_and_a_status(capsys, error, status, told):
+    with pytest.raises(SystemExit) as end, plain_errors("stopped", "nothing was written"):
+        raise error
+    assert end.value.code == status
+    assert capsys.readouterr().err == told
+
+
+def test_our_own_mistakes_keep_their_trace():
+    with pytest.raises(KeyError), plain_errors():
+        raise KeyError("d_model")
+
+
+def test_a_reader_that_has_enough():
+    """As head: nothing is said, and nothing when Python flushes at its end."""
+    code = (
+        "from modules.command import plain_errors\n"
+        "with plain_errors():\n"
+        "    for i in range(100_000):\n"
+        "        print(i)\n"
+    )
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, cwd=runs.ROOT
+    )
+    os.close(writing)
+    os.read(reading, 10)
+    os.close(reading)
+    assert process.communicate() == (None, b"")
+    assert process.returncode == 1
