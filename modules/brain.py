@@ -173,6 +173,10 @@ class ASRBrain(TrainingBrain):
         together = self.graphs is not None and self.graphs.attached()
         return [self.graphs.flat] if together else super().gradients()
 
+    def _fit_train(self, train_set, epoch, enable):
+        train_set.dataset.set_epoch(epoch)
+        super()._fit_train(train_set, epoch, enable)
+
     def fit_batch(self, batch):
         self.note_unread(batch.unread)
         return super().fit_batch(batch.to(self.device))

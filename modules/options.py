@@ -77,12 +77,18 @@ def top_level(path, overrides=None):
     loader = yaml.SafeLoader("")
     values = {}
     for key, node in root.value:
-        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        plain = all(
-            isinstance(n, yaml.ScalarNode) and not n.tag.startswith("!") for n in parts
-        ) and not node.tag.startswith("!")
+        plain = is_plain(node)
         values[key.value] = loader.construct_object(node, deep=True) if plain else Wiring
     return values
+
+
+def is_plain(node):
+    """Whether a node makes no object: a scalar, or a list or mapping of such."""
+    if node.tag.startswith("!"):
+        return False
+    if isinstance(node, yaml.MappingNode):
+        return all(is_plain(value) for _, value in node.value)
+    return not isinstance(node, yaml.SequenceNode) or all(map(is_plain, node.value))
 
 
 def read_options(argv, defaults):
@@ -163,6 +169,12 @@ def read_value(key, text, default):
                 f"{key}={text!r}: {key} makes an object; change the YAML file, or give its "
                 f'arguments as --{key} "{{name: value}}"'
             )
+    elif isinstance(default, dict):
+        if value is not None and not isinstance(value, dict):
+            raise UserError(
+                f"{key}={text!r} must be a mapping, such as {default}, whose entries take the "
+                f"place of the file's; --{key} null takes all away"
+            )
     elif isinstance(default, bool):
         if not isinstance(value, bool):
             raise UserError(f"{key}={text!r} must be True or False")
@@ -201,8 +213,9 @@ def check_values(values, run_opts):
             raise UserError(f"{key}={value} must be from 0 to 1")
     if "views" in values:
         check_ctc_losses(values)
-    if values["num_workers"] < 0:
-        raise UserError(f"num_workers={values['num_workers']} must be 0 or more")
+    for key in ("num_workers", "audio_cache_mb"):
+        if values.get(key, 0) < 0:
+            raise UserError(f"{key}={values[key]} must be 0 or more")
     if values.get("normalize_until_epoch", 2) < 2:
         raise UserError(
             f"normalize_until_epoch={values['normalize_until_epoch']} leaves no epoch to measure "

@@ -11,7 +11,13 @@ from hyperpyyaml import resolve_references
 from speechbrain.utils.distributed import if_main_process
 
 from modules import launch
-from modules.data import eval_loader_options, hours, prepare_manifests, train_loader_options
+from modules.data import (
+    eval_loader_options,
+    hours,
+    keep_audio,
+    prepare_manifests,
+    train_loader_options,
+)
 from modules.environment import commit, hardware
 from modules.errors import UserError
 from modules.lock import FolderLock
@@ -61,6 +67,7 @@ def run(path, hparams, run_opts, overrides, brain_class, dataio_prepare):
     brain.check_start()
     launch.on_main(save_hyperparams, path, hparams, overrides)
     if not hparams["skip_train"]:
+        keep_audio(train, valid)
         brain.fit(
             hparams["epoch_counter"],
             train,

@@ -7,8 +7,8 @@ import speechbrain as sb
 import torch
 from speechbrain.utils.checkpoints import ckpt_recency
 
+from modules.batches import WholeStepSampler
 from modules.checkpoints import average, best, newest
-from modules.data import WholeStepSampler
 from modules.errors import UserError
 from modules.loggers import make_loggers
 from modules.optimizers import advance_before_steps, fused, parameter_groups
