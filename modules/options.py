@@ -11,6 +11,7 @@ from ruamel.yaml.error import YAMLError
 from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 
 from modules.errors import UserError
+from modules.resolved import is_plain
 
 
 class Wiring:
@@ -80,15 +81,6 @@ def top_level(path, overrides=None):
         plain = is_plain(node)
         values[key.value] = loader.construct_object(node, deep=True) if plain else Wiring
     return values
-
-
-def is_plain(node):
-    """Whether a node makes no object: a scalar, or a list or mapping of such."""
-    if node.tag.startswith("!"):
-        return False
-    if isinstance(node, yaml.MappingNode):
-        return all(is_plain(value) for _, value in node.value)
-    return not isinstance(node, yaml.SequenceNode) or all(map(is_plain, node.value))
 
 
 def read_options(argv, defaults):
