@@ -9,7 +9,7 @@ import math
 import os
 from collections import Counter
 
-from modules.command import plain_errors
+from modules.command import count, plain_errors
 from modules.corpus.options import check_options, check_outputs, names_of, sentences_per_split
 from modules.corpus.report import EXAMPLES, note_overlaps, quarantine_text, text_report
 from modules.corpus.shards import write_shards
@@ -207,7 +207,7 @@ def parser():
         "--merge", metavar="NAME", help="also write all training splits into one file, as train.csv"
     )
     p.add_argument("--sentences", type=int, metavar="N", help="only the first N of each split")
-    p.add_argument("--sample-rate", type=int, default=16000, help="in Hz (%(default)s)")
+    p.add_argument("--sample-rate", type=count, default=16000, help="in Hz (%(default)s)")
     p.add_argument(
         "--min-seconds", type=float, default=0.1, help="shorter audio is left out (%(default)s)"
     )
@@ -245,7 +245,7 @@ def parser():
         help="do not decode the audio: quicker, and NaN, silence, clipping and damage in the "
         "middle go unseen",
     )
-    p.add_argument("--workers", type=int, help="threads that open audio (two a CPU)")
+    p.add_argument("--workers", type=count, help="threads that open audio (two a CPU)")
     p.add_argument(
         "--shards",
         metavar="FOLDER",

@@ -23,7 +23,7 @@ from demo.processes import map_in_processes
 from demo.sentences import split_sentences
 from demo.speakers import split_speakers
 from demo.split import held
-from modules.command import plain_errors
+from modules.command import count, plain_errors
 from modules.errors import UserError
 
 MARKER = "demo_corpus.json"  # what makes a folder ours: nothing without it is ever removed
@@ -192,7 +192,7 @@ def main(argv=None):
         "--noise", action=argparse.BooleanOptionalAction, default=True, help="add background noise"
     )
     parser.add_argument("--seed", type=int, default=0, help="for texts, voices and noise")
-    parser.add_argument("--workers", type=int, help="processes; by default one a CPU")
+    parser.add_argument("--workers", type=count, help="processes; by default one a CPU")
     args = parser.parse_args(argv)
     failures = OSError, sf.LibsndfileError
     with plain_errors("interrupted; there is no new corpus", failures=failures):

@@ -18,7 +18,7 @@ import numpy as np
 import soundfile as sf
 
 from demo.split import Split, write_chapter
-from modules.command import plain_errors
+from modules.command import count, plain_errors
 from modules.errors import UserError
 
 MARKER = "recombination.json"  # in the split: which options made it
@@ -207,7 +207,7 @@ def main(argv=None):
     parser.add_argument("--gap", type=float, default=[0.04, 0.25], help="s of silence", **low_high)
     parser.add_argument("--speed", type=float, default=[0.92, 1.08], help="of a word", **low_high)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, help="processes; by default one a CPU")
+    parser.add_argument("--workers", type=count, help="processes; by default one a CPU")
     args = parser.parse_args(argv)
     with plain_errors(
         "stopped; the same command goes on from here",

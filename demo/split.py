@@ -107,10 +107,13 @@ class Split:
 @contextlib.contextmanager
 def held(folder):
     """UserError while another run is making a folder; a killed run lets go of it."""
+    path = folder.with_name(f".{folder.name}.lock")
     try:
-        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+        with FileLock(path, timeout=0):
             yield
     except Timeout:
+        if not path.exists():  # which filelock does not tell from one that is held
+            raise UserError(f"{folder.parent} cannot be written to; give another folder") from None
         raise UserError(f"another run is writing {folder}; wait for it") from None
 
 

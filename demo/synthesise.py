@@ -27,7 +27,7 @@ from demo.readers import draw_readers
 from demo.reading import read_chapter
 from demo.split import Split
 from demo.texts import digit_strings, read_texts, repeated
-from modules.command import plain_errors
+from modules.command import count, plain_errors
 from modules.errors import UserError
 
 MARKER = "synthesis.json"  # in a split: which options made it
@@ -201,7 +201,7 @@ def _parser():
     )
     parser.add_argument("--max-words", type=int, default=40, help="longer lines are cut evenly")
     parser.add_argument("--seed", type=int, default=0, help="for texts, voices and conditions")
-    parser.add_argument("--workers", type=int, help="processes; by default one a CPU")
+    parser.add_argument("--workers", type=count, help="processes; by default one a CPU")
     return parser
 
 

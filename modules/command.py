@@ -1,5 +1,6 @@
-"""How a command ends: a mistake or Ctrl-C is told in a line, and the exit status says which."""
+"""What commands share: a mistake or Ctrl-C is told in a line, and the exit status says which."""
 
+import argparse
 import contextlib
 import os
 import sys
@@ -32,6 +33,13 @@ def plain_errors(interrupted="interrupted", then=None, failures=(OSError,)):
         end(f"error: {error}" + (f"; {then}" if then else ""), 2)
     except KeyboardInterrupt:
         end(f"\n{interrupted}", 130)
+
+
+def count(text):
+    """A whole number above 0, as a type for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
+    return int(text)
 
 
 def end(text, status):

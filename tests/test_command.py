@@ -1,12 +1,13 @@
 """A command's end: a line for a person, and a status for a script."""
 
+import argparse
 import os
 import subprocess
 import sys
 
 import pytest
 
-from modules.command import plain_errors
+from modules.command import count, plain_errors
 from modules.errors import UserError
 from tests.recipes import runs
 
@@ -24,6 +25,16 @@ def test_one_line_and_a_status(capsys, error, status, told):
         raise error
     assert end.value.code == status
     assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])
+def test_counts(text, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workers", type=count)
+    assert parser.parse_args(["--workers", "12"]).workers == 12
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--workers={text}"])
+    assert f"{text!r} must be a whole number, 1 or more" in capsys.readouterr().err
 
 
 def test_our_own_mistakes_keep_their_trace():
