@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import measure
+from tests.recipes import runs
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -88,6 +89,17 @@ def test_loading(workers):
     assert rows[0]["share"] == 1 and all(row["steps"] == 1 for row in rows)
 
 
+def test_epochs():
+    printed, _ = run("epochs.py", f"--data_folder={runs.corpus()}", "--train_splits=[train]",
+                     "--dev_splits=[dev]", "--test_splits=[dev]", "--num_workers=1", "--epochs=1",
+                     "--recipe=hparams/CTC/conmamba_tiny.yaml")  # fmt: skip
+    rows = report_of(printed, "epochs")["rows"]
+    assert [(row["workers"], row["audio"]) for row in rows] == [
+        ("anew", "disk"), ("live on", "disk"), ("anew", "memory"), ("live on", "memory"),
+    ]  # fmt: skip
+    assert rows[0]["share"] == 1 and all(row["first_ms"] > 0 for row in rows)
+
+
 def test_scan_check_fails_by_its_exit_status():
     """At so small a shape chunked saves no memory, or no time."""
     printed, status = run("scan.py", "--check", "--batch=1", "--frames=4", "--channels=8",
@@ -112,7 +124,15 @@ def test_a_failed_row_tells_why(capsys):
 
 def test_help_shows_how_to_run():
     """`--help` prints a script's docstring."""
-    for script in ("mixers", "training", "inference", "loading", "scan", "language_models"):
+    for script in (
+        "mixers",
+        "training",
+        "inference",
+        "loading",
+        "epochs",
+        "scan",
+        "language_models",
+    ):
         text = (ROOT / f"benchmarks/{script}.py").read_text()
         assert f"python benchmarks/{script}.py --" in ast.get_docstring(ast.parse(text))
         assert "description=__doc__," in text
