@@ -13,7 +13,7 @@ from hyperpyyaml import load_hyperpyyaml
 
 from modules.errors import Stopped, UserError
 from modules.ops import selective_scan
-from modules.options import check_values, describe, read_options, top_level, yaml_path
+from modules.options import Keys, check_values, describe, read_options, top_level, yaml_path
 from modules.signals import EXIT_STOPPED
 from modules.tensors import check_environment
 
@@ -122,7 +122,7 @@ def start(argv):
     sb.utils.distributed.ddp_init_group(run_opts)
     try:
         with open(path, encoding="utf-8") as f:
-            hparams = load_hyperpyyaml(f, overrides)
+            hparams = Keys(path, load_hyperpyyaml(f, overrides))
     except ValueError as error:
         raise UserError(str(error)) from error
     check_alphabet(hparams)

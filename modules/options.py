@@ -14,6 +14,20 @@ from modules.errors import UserError
 from modules.resolved import is_plain
 
 
+class Keys(dict):
+    """A YAML file's keys and their values; UserError for one that is read and missing."""
+
+    def __init__(self, path, values):
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key):
+        raise UserError(
+            f"{self.path} lacks the key {key}; begin with a file of hparams/, which has all keys "
+            "(docs/configuration.md)"
+        )
+
+
 class Wiring:
     """Stands for the value of a key that makes an object."""
 
@@ -76,7 +90,7 @@ def top_level(path, overrides=None):
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path} holds no keys")
     loader = yaml.SafeLoader("")
-    values = {}
+    values = Keys(path, {})
     for key, node in root.value:
         plain = is_plain(node)
         values[key.value] = loader.construct_object(node, deep=True) if plain else Wiring

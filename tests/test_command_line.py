@@ -99,6 +99,20 @@ def test_a_file_that_is_no_hyperpyyaml(capfd, monkeypatch, tmp_path, text):
 
 
 @pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("seed: 1", "precision"),
+        ("{num_workers: 0, precision: fp32, output_folder: a, save_folder: b}", "tokenizer"),
+    ],
+)
+def test_a_file_that_is_no_recipe(capfd, monkeypatch, tmp_path, text, key):
+    (tmp_path / "a.yaml").write_text(text)
+    status, _, err = call(capfd, monkeypatch, "CTC", [tmp_path / "a.yaml", "--device", "cpu"])
+    assert status == 2
+    assert f"a.yaml lacks the key {key}; begin with a file of hparams/" in err
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--d_modl", "8"], "unknown option --d_modl; did you mean d_model?"),
@@ -114,6 +128,7 @@ def test_a_file_that_is_no_hyperpyyaml(capfd, monkeypatch, tmp_path, text):
         (["--d_model", "0"], "d_model=0 must be positive"),
         (["--skip_train", "maybe"], "skip_train='maybe' must be True or False"),
         (["--train_splits", "train"], "train_splits='train' must be a list, such as"),
+        (["--train_splits", "[2024]"], "2024"),
         (["--train_splits", "[]"], "train_splits is empty; name at least one split"),
         (["--train_splits", "[a"], "train_splits='[a' is no YAML"),
         (["--max_grad_norm", "big"], "max_grad_norm='big' must be a number"),
