@@ -261,7 +261,7 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with plain_errors("interrupted; the same command goes on"):
+    with plain_errors("interrupted; give the same command again"):
         prepare_librispeech(
             args.data_folder,
             args.save_folder,

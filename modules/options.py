@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import yaml
-from hyperpyyaml import resolve_references
+from hyperpyyaml import load_hyperpyyaml, resolve_references
 from ruamel.yaml.error import YAMLError
 from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 
@@ -95,6 +95,21 @@ def top_level(path, overrides=None):
         plain = is_plain(node)
         values[key.value] = loader.construct_object(node, deep=True) if plain else Wiring
     return values
+
+
+def load(path, overrides):
+    """The YAML file's keys, with its objects made; UserError for what cannot be."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return Keys(path, load_hyperpyyaml(f, overrides))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except (KeyError, TypeError) as error:
+        # HyperPyYAML's own words, about an override and about an object's arguments.
+        what = str(error.args[0]) if error.args else ""
+        if not what.startswith(("Override ", "Invalid argument to ")):
+            raise
+        raise UserError(f"{path}: {': '.join(map(str, error.args))}") from error
 
 
 def read_options(argv, defaults):

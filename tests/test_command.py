@@ -9,6 +9,7 @@ import pytest
 
 from modules.command import count, plain_errors
 from modules.errors import UserError
+from modules.options import Wiring, read_options, top_level
 from tests.recipes import runs
 
 
@@ -59,3 +60,21 @@ def test_a_reader_that_has_enough():
     os.close(reading)
     assert process.communicate() == (None, b"")
     assert process.returncode == 1
+
+
+def test_mappings_are_changed_or_taken_away(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("train_mix: {a: 2, b: 1}\nnormalize: !new:torch.nn.Identity\n    x: {y: 1}\n")
+    defaults = top_level(path)
+    assert defaults["train_mix"] == {"a": 2, "b": 1} and defaults["normalize"] is Wiring
+
+    def given(key, text):
+        _, overrides = read_options([str(path), f"--{key}", text], defaults)
+        return top_level(path, overrides)[key]
+
+    assert given("train_mix", "null") is None
+    assert given("train_mix", "{a: 3}") == {"a": 3, "b": 1}
+    with pytest.raises(UserError, match=r"must be a mapping, such as .*--train_mix null takes all"):
+        given("train_mix", "3")
+    with pytest.raises(UserError, match="normalize makes an object; change the YAML file"):
+        given("normalize", "null")

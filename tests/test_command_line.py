@@ -11,7 +11,7 @@ import torch
 
 from modules import launch
 from modules.errors import UserError
-from modules.options import Wiring, read_options, top_level
+from modules.options import read_options
 from tests.recipes import runs
 
 CTC = "CTC/conmamba_tiny.yaml"
@@ -64,24 +64,6 @@ def test_missing_yaml_names_the_nearest(capfd, monkeypatch):
     assert status == 2
     assert "there is no file hparams/CTC/conmamba_tinny.yaml" in err
     assert "did you mean hparams/CTC/conmamba_tiny.yaml?" in err
-
-
-def test_mappings_are_changed_or_taken_away(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text("train_mix: {a: 2, b: 1}\nnormalize: !new:torch.nn.Identity\n    x: {y: 1}\n")
-    defaults = top_level(path)
-    assert defaults["train_mix"] == {"a": 2, "b": 1} and defaults["normalize"] is Wiring
-
-    def given(key, text):
-        _, overrides = read_options([str(path), f"--{key}", text], defaults)
-        return top_level(path, overrides)[key]
-
-    assert given("train_mix", "null") is None
-    assert given("train_mix", "{a: 3}") == {"a": 3, "b": 1}
-    with pytest.raises(UserError, match=r"must be a mapping, such as .*--train_mix null takes all"):
-        given("train_mix", "3")
-    with pytest.raises(UserError, match="normalize makes an object; change the YAML file"):
-        given("normalize", "null")
 
 
 def test_yaml_must_come_first(capfd, monkeypatch):
@@ -137,6 +119,8 @@ def test_a_file_that_is_no_recipe(capfd, monkeypatch, tmp_path, text, key):
         (["--optimizer_step_limit", "x"], "optimizer_step_limit='x' must be a whole number"),
         (["--precision", "fp8"], "precision='fp8' is unknown; use fp32, bf16, fp16"),
         (["--encoder", "big"], "encoder='big': encoder makes an object"),
+        (["--encoder", "{num_layres: 2}"], "Invalid argument to class modules.encoder.Encoder: "),
+        (["--speeds", "[fast]"], "SpeedPerturb: "),
         (["--number_of_epochs", "-1"], "number_of_epochs=-1 must be positive"),
         (["--num_workers", "-1"], "num_workers=-1 must be 0 or more"),
         (["--audio_cache_mb", "-1"], "audio_cache_mb=-1 must be 0 or more"),
