@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 from pathlib import Path
 
@@ -52,7 +53,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 POSITIVE = (
     "number_of_epochs batch_size test_batch_size avg_checkpoints grad_accumulation_factor "
     "max_batch_length_train max_batch_length_val max_batch_ex num_buckets n_warmup_steps "
-    "total_steps "
+    "total_steps lr_model lr_adam "
     "max_nonfinite_steps shard_streams shard_window max_batch_tokens max_tokens num_layers "
     "d_model num_encoder_layers num_decoder_layers d_ffn d_state expand d_conv nhead kernel_size "
     "cnn_channels_1 cnn_channels_2 output_neurons valid_search_interval valid_beam_size "
@@ -201,10 +202,10 @@ def read_value(key, text, default):
             raise UserError(f"{key}={text!r} must be True or False")
     elif is_number(default):
         value = as_number(value)
-        if not is_number(value):
+        if not is_number(value) or math.isnan(value):
             raise UserError(f"{key}={text!r} must be a number, as its default {default}")
         if isinstance(default, int) and key not in SECONDS:
-            if value != int(value):
+            if math.isinf(value) or value != int(value):
                 raise UserError(f"{key}={text} must be a whole number, as its default {default}")
             value = int(value)
     elif isinstance(default, list) and not isinstance(value, list):
@@ -234,7 +235,8 @@ def check_values(values, run_opts):
             raise UserError(f"{key}={value} must be from 0 to 1")
     if "views" in values:
         check_ctc_losses(values)
-    for key in ("num_workers", "audio_cache_mb"):
+    check_augmentation(values)
+    for key in ("num_workers", "audio_cache_mb", "weight_decay"):
         if values.get(key, 0) < 0:
             raise UserError(f"{key}={values[key]} must be 0 or more")
     if values.get("normalize_until_epoch", 2) < 2:
@@ -254,6 +256,8 @@ def check_values(values, run_opts):
         if precision == "fp16" and run_opts["device"] == "cpu":
             raise UserError(f"{key}=fp16 does not run on the CPU; use --{key} bf16 or fp32")
     for key in ("output_folder", "save_folder"):
+        if not values[key]:
+            raise UserError(f"{key} is empty; give a folder, which is made if need be")
         check_writable(key, Path(values[key]))
 
 
@@ -275,6 +279,16 @@ def check_ctc_losses(values):
             f"inter_ctc_layers={layers} must be numbers of layers below the last one, 1 to "
             f"{count - 1}"
         )
+
+
+def check_augmentation(values):
+    """UserError for speeds and levels of noise that cannot be meant."""
+    speeds = values.get("speeds", [100])
+    if not speeds or not all(is_number(speed) and speed > 0 for speed in speeds):
+        raise UserError(f"speeds={speeds} must be percentages, such as [95, 100, 105]; [100]: none")
+    low, high = (values.get(f"noise_snr_{end}", 0) for end in ("low", "high"))
+    if low > high:
+        raise UserError(f"noise_snr_low={low} is above noise_snr_high={high}; give the lower first")
 
 
 def check_writable(key, folder):
