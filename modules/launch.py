@@ -10,9 +10,10 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 
+from modules.checks import check_values
 from modules.errors import Stopped, UserError
 from modules.ops import selective_scan
-from modules.options import check_values, describe, load, read_options, top_level, yaml_path
+from modules.options import describe, load, read_options, top_level, yaml_path
 from modules.signals import EXIT_STOPPED
 from modules.tensors import check_environment
 
