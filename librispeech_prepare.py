@@ -7,11 +7,11 @@ import argparse
 import logging
 import math
 import os
-import sys
 from collections import Counter
 
+from modules.command import count, plain_errors
 from modules.corpus.options import check_options, check_outputs, names_of, sentences_per_split
-from modules.corpus.report import quarantine_text, text_report
+from modules.corpus.report import EXAMPLES, note_overlaps, quarantine_text, text_report
 from modules.corpus.shards import write_shards
 from modules.corpus.split import open_split, read_split
 from modules.corpus.store import (
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 REPORT, QUARANTINE = "prepare_report.txt", "quarantine.tsv"
 VERSION = 2  # of what is written; a new one makes every folder prepare again
-EXAMPLES = 3  # paths a kind of fault that go to the log; the report file has all
 
 
 def prepare_librispeech(
@@ -123,7 +122,7 @@ def prepare_librispeech(
             split: read_split(split, source, wanted[split], allowed_characters, workers, **limits)
             for split, source in sources.items()
         }
-        _note_overlaps(groups, reports)
+        note_overlaps(groups, reports)
         _publish(data_folder, save_folder, reports, max_bad_fraction)
         contents = {f"{s}.csv": manifest_text(report.usable) for s, report in reports.items()}
         if merge_lst:
@@ -145,23 +144,6 @@ def _make_folder(save_folder):
         ) from error
     if not os.access(save_folder, os.W_OK):
         raise UserError(f"save_folder={save_folder} cannot be written to; choose another")
-
-
-def _note_overlaps(groups, reports):
-    """Training on sentences or readers of the test sets makes their error rates too good."""
-    train, *others = groups
-    for split in {name for group in others for name in group}:
-        for other in train:
-            for what, key in (("sentences", "id"), ("speakers", "speaker")):
-                ours, theirs = (
-                    {getattr(u, key) for u in reports[name].usable} - {""}
-                    for name in (split, other)
-                )
-                if shared := ours & theirs:
-                    reports[split].notes.append(
-                        f"{len(shared)} {what} of {len(ours)} are also in {other}: "
-                        f"{', '.join(sorted(shared)[:EXAMPLES])}"
-                    )
 
 
 def _publish(data_folder, save_folder, reports, max_bad_fraction):
@@ -204,8 +186,8 @@ def _check_merged(utterances, merge_name):
         )
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
+def parser():
+    p = argparse.ArgumentParser(
         description="Turn a speech corpus into the CSV manifests that training and testing read.",
         epilog="A split is a folder DATA_FOLDER/SPLIT in LibriSpeech layout "
         "(speaker/chapter/speaker-chapter-number.flac with speaker-chapter.trans.txt), or a "
@@ -216,66 +198,70 @@ def main(argv=None):
         "python librispeech_prepare.py /data/LibriSpeech manifests --train train-clean-100 "
         "train-clean-360 --dev dev-clean --test test-clean test-other --merge train.csv",
     )
-    parser.add_argument("data_folder", help="where the splits are")
-    parser.add_argument("save_folder", help="where the manifests go")
-    parser.add_argument("--train", nargs="+", default=[], metavar="SPLIT", help="training splits")
-    parser.add_argument("--dev", nargs="+", default=[], metavar="SPLIT", help="development splits")
-    parser.add_argument("--test", nargs="+", default=[], metavar="SPLIT", help="test splits")
-    parser.add_argument(
+    p.add_argument("data_folder", help="where the splits are")
+    p.add_argument("save_folder", help="where the manifests go")
+    p.add_argument("--train", nargs="+", default=[], metavar="SPLIT", help="training splits")
+    p.add_argument("--dev", nargs="+", default=[], metavar="SPLIT", help="development splits")
+    p.add_argument("--test", nargs="+", default=[], metavar="SPLIT", help="test splits")
+    p.add_argument(
         "--merge", metavar="NAME", help="also write all training splits into one file, as train.csv"
     )
-    parser.add_argument("--sentences", type=int, metavar="N", help="only the first N of each split")
-    parser.add_argument("--sample-rate", type=int, default=16000, help="in Hz (%(default)s)")
-    parser.add_argument(
+    p.add_argument("--sentences", type=int, metavar="N", help="only the first N of each split")
+    p.add_argument("--sample-rate", type=count, default=16000, help="in Hz (%(default)s)")
+    p.add_argument(
         "--min-seconds", type=float, default=0.1, help="shorter audio is left out (%(default)s)"
     )
-    parser.add_argument(
+    p.add_argument(
         "--max-seconds",
         type=float,
         default=60.0,
         help="longer audio is left out (%(default)s; inf: none)",
     )
-    parser.add_argument(
+    p.add_argument(
         "--characters", metavar="SET", help="characters allowed in text besides the space (any)"
     )
-    parser.add_argument(
+    p.add_argument(
         "--max-bad-fraction",
         type=float,
         default=0.05,
         help="share of a split that may be left out before it is an error (%(default)s)",
     )
-    parser.add_argument(
+    p.add_argument(
         "--strict",
         dest="max_bad_fraction",
         action="store_const",
         const=0.0,
         help="the same as --max-bad-fraction 0: nothing may be left out",
     )
-    parser.add_argument(
+    p.add_argument(
         "--max-clipped",
         type=float,
         default=0.01,
         help="share of an utterance's samples that may be at full scale (%(default)s; 1: all)",
     )
-    parser.add_argument(
+    p.add_argument(
         "--headers-only",
         action="store_true",
         help="do not decode the audio: quicker, and NaN, silence, clipping and damage in the "
         "middle go unseen",
     )
-    parser.add_argument("--workers", type=int, help="threads that open audio (two a CPU)")
-    parser.add_argument(
+    p.add_argument("--workers", type=count, help="threads that open audio (two a CPU)")
+    p.add_argument(
         "--shards",
         metavar="FOLDER",
         help="also write the training splits there as tar files for WebDataset, which training "
         "reads with --train_shards FOLDER (docs/synthetic.md)",
     )
-    parser.add_argument(
+    p.add_argument(
         "--shard-megabytes", type=float, default=64.0, help="size of such a file (%(default)s)"
     )
-    args = parser.parse_args(argv)
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with plain_errors("interrupted; give the same command again"):
         prepare_librispeech(
             args.data_folder,
             args.save_folder,
@@ -297,9 +283,6 @@ def main(argv=None):
         for split in args.train if args.shards else []:
             count = write_shards(args.save_folder, split, args.shards, args.shard_megabytes)
             logger.info("%s: %d shards in %s", split, count, args.shards)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

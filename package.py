@@ -2,10 +2,9 @@
 """Package a trained model: python package.py results/CTC/conmamba_large/3402 --output DIR"""
 
 import argparse
-import sys
 
 from inference.package import package
-from modules.errors import UserError
+from modules.command import plain_errors
 
 EXAMPLES = """
 examples:
@@ -39,14 +38,11 @@ def main():
         help="leave out the language model of a run with no_lm: False",
     )
     arguments = parser.parse_args()
-    try:
+    with plain_errors("interrupted; there is no new package"):
         path = package(
             arguments.run, arguments.output, arguments.overwrite, use_lm=not arguments.no_lm
         )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"wrote {path}; read {path / 'README.md'}")
+        print(f"wrote {path}; read {path / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from inference.report.rerun import compare, compare_means, filled, measured, run
 from inference.report.results import RESULTS, ROOT, read_results, rows_of, table_of
 from inference.report.rows import commit
 from inference.report.tables import PAGE, write_tables
+from modules.command import plain_errors
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -61,14 +62,8 @@ def parser():
 
 def main():
     arguments = parser().parse_args()
-    try:
+    with plain_errors("interrupted; the same command goes on"):
         agrees = run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
     sys.exit(0 if agrees else 1)
 
 

@@ -5,7 +5,6 @@ python train_LM.py hparams/LM/mamba.yaml --train_text "[train.txt]" --dev_text "
 """
 
 import json
-import os
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -88,7 +87,6 @@ def run(path, hparams, run_opts, overrides):
     if hparams["test_text"]:
         texts["test"] = load_sentences(hparams, "test_text")
     brain = LMBrain(hparams, run_opts)
-    brain.noprogressbar = brain.noprogressbar or not os.isatty(2)
     brain.check_start()
     launch.on_main(save_hyperparams, path, hparams, overrides)
     if not hparams["skip_train"]:

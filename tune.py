@@ -69,7 +69,10 @@ def parser():
 
 
 def numbers(text):
-    return [float(x) for x in text.split(",")]
+    try:
+        return [float(x) for x in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers, such as 0.2,0.4") from None
 
 
 def main(argv):

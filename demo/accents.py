@@ -1,4 +1,4 @@
-"""Foreign accents: what a reader makes of English phonemes, in eSpeak's names for them.
+"""Accents of English: eSpeak's own, and what foreign readers make of its phonemes.
 
 Coarse on purpose, as a recogniser needs variety, not portraits: a reader has some of the rules of
 an accent, so that hardly two sound the same.
@@ -6,6 +6,15 @@ an accent, so that hardly two sound the same.
 
 from demo.espeak import SEPARATOR
 
+# eSpeak's voices of English besides en and en-us.
+REGIONAL = (
+    "en-us-nyc",
+    "en-029",
+    "en-gb-scotland",
+    "en-gb-x-rp",
+    "en-gb-x-gbclan",
+    "en-gb-x-gbcwmd",
+)
 DEVOICED = "b#>p d#>t g#>k v#>f z#>s dZ#>tS"
 TRILLED = "r>R r->R"
 # a>b: a becomes b; a#>b: at the end of a word only; nothing after > leaves it out.

@@ -12,6 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import soundfile as sf
 from tqdm import tqdm
 
 if not __package__:  # run as a file: let it find its own package
@@ -21,6 +22,8 @@ from demo import espeak
 from demo.processes import map_in_processes
 from demo.sentences import split_sentences
 from demo.speakers import split_speakers
+from demo.split import held
+from modules.command import count, plain_errors
 from modules.errors import UserError
 
 MARKER = "demo_corpus.json"  # what makes a folder ours: nothing without it is ever removed
@@ -70,13 +73,15 @@ def make_corpus(
     for folder in (output, partial):
         _check_ours(folder)
     espeak.start()  # what is missing is said here, not by every process
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    _mark(partial, {"config": config})
-    seconds = _render_all(_chapters(partial, config), workers)
-    _mark(partial, {"config": config, "seconds": seconds, "files": _count(partial)})
-    shutil.rmtree(output, ignore_errors=True)
-    os.rename(partial, output)
+    os.makedirs(output.parent, exist_ok=True)
+    with held(output):
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+        _mark(partial, {"config": config})
+        seconds = _render_all(_chapters(partial, config), workers)
+        _mark(partial, {"config": config, "seconds": seconds, "files": _count(partial)})
+        shutil.rmtree(output, ignore_errors=True)
+        os.rename(partial, output)
     return seconds
 
 
@@ -187,13 +192,11 @@ def main(argv=None):
         "--noise", action=argparse.BooleanOptionalAction, default=True, help="add background noise"
     )
     parser.add_argument("--seed", type=int, default=0, help="for texts, voices and noise")
-    parser.add_argument("--workers", type=int, help="processes; by default one a CPU")
+    parser.add_argument("--workers", type=count, help="processes; by default one a CPU")
     args = parser.parse_args(argv)
-    try:
+    failures = OSError, sf.LibsndfileError
+    with plain_errors("interrupted; there is no new corpus", failures=failures):
         seconds = make_corpus(**vars(args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     for split, length in seconds.items():
         print(f"{split}: {length / 60:.1f} min")
 

@@ -4,19 +4,9 @@ import random
 from dataclasses import dataclass
 
 from demo import espeak
-from demo.accents import ACCENTS, draw_rules
+from demo.accents import ACCENTS, REGIONAL, draw_rules
 
-ENGLISH = [
-    "en-us",
-    "en-us",
-    "en-us",
-    "en-us-nyc",
-    "en-029",
-    "en-gb-scotland",
-    "en-gb-x-rp",
-    "en-gb-x-gbclan",
-    "en-gb-x-gbcwmd",
-]
+ENGLISH = ["en-us", "en-us", "en-us", *REGIONAL]
 # Variants that nobody would take for a human.
 ROBOTS = ("robosoft", "Robot", "Demonic", "whisper", "fast", "Tweaky", "Storm", "Mr serious")
 

@@ -1,16 +1,14 @@
 """A reader's chapter: say every text, record it, and put the folder in its place when complete."""
 
-import os
-import shutil
 from dataclasses import dataclass
 
 import numpy as np
-import soundfile as sf
 
 from demo import espeak
 from demo.accents import pronounce
 from demo.acoustics import SAMPLE_RATE, Conditions, Place, babble
 from demo.readers import Reader
+from demo.split import write_chapter
 from demo.texts import punctuate
 
 
@@ -26,25 +24,13 @@ class Chapter:
     apart: bool
 
     @property
-    def name(self):
-        return f"{self.reader.id}-{self.number}"
+    def count(self):
+        return len(self.texts)
 
 
 def read_chapter(chapter):
     """Write the FLAC files and the transcript of a chapter; returns seconds of speech."""
-    partial = f"{chapter.folder}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    os.makedirs(partial)
-    seconds, lines = 0.0, []
-    for index, recording in enumerate(recordings(chapter)):
-        name = f"{chapter.name}-{index:04d}"
-        sf.write(f"{partial}/{name}.flac", recording, SAMPLE_RATE, subtype="PCM_16")
-        seconds += len(recording) / SAMPLE_RATE
-        lines.append(f"{name} {chapter.texts[index]}\n")
-    with open(f"{partial}/{chapter.name}.trans.txt", "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    os.rename(partial, chapter.folder)
-    return seconds
+    return write_chapter(chapter, zip(chapter.texts, recordings(chapter), strict=True), SAMPLE_RATE)
 
 
 def recordings(chapter):

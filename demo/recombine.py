@@ -6,21 +6,23 @@ then cannot learn the strings by heart. Nothing but the recordings of one split 
 """
 
 import argparse
-import os
+import functools
+import hashlib
 import random
-import shutil
 import sys
 import zlib
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
-from tqdm import tqdm
 
-from demo.processes import map_in_processes
+from demo.split import Split, write_chapter
+from modules.command import count, plain_errors
 from modules.errors import UserError
 
+MARKER = "recombination.json"  # in the split: which options made it
+VERSION = 1  # of what the same options make
 HOP = 0.005  # s
 SHORTEST_GAP, SHORTEST_WORD = 0.05, 0.04  # s
 LEVELS = (-80, -78, -82, -75, -70, -65, -60, -55, -50)  # dB, what is silence, until it fits
@@ -92,9 +94,8 @@ def string(words, rate, rng, length, gap, speed):
         parts.append(resample(samples, rng.uniform(*speed)))
     parts.append(np.zeros(round(rng.uniform(*gap) * rate), np.float32))
     samples = np.concatenate(parts)
-    return " ".join(word for word, _ in chosen), samples + 4e-5 * noise.standard_normal(
-        len(samples), np.float32
-    )
+    samples = samples + 4e-5 * noise.standard_normal(len(samples), np.float32)
+    return " ".join(word for word, _ in chosen), np.clip(samples, -1, 1)
 
 
 def resample(samples, factor):
@@ -106,19 +107,21 @@ def resample(samples, factor):
     return (np.fft.irfft(spectrum, length) * length / len(samples)).astype(np.float32)
 
 
-def write_chapter(rate, options, chapter):
-    """Utterances and their transcripts: seconds. chapter: (folder, words, how many, seed)."""
-    folder, words, count, seed = chapter
-    rng, seconds, lines = random.Random(seed), 0.0, []
-    folder.mkdir(parents=True)
-    name = f"{folder.parent.name}-{folder.name}"
-    for i in range(count):
-        text, samples = string(words, rate, rng, **options)
-        sf.write(folder / f"{name}-{i:04d}.flac", np.clip(samples, -1, 1), rate)
-        lines.append(f"{name}-{i:04d} {text}\n")
-        seconds += len(samples) / rate
-    (folder / f"{name}.trans.txt").write_text("".join(lines), encoding="utf-8")
-    return seconds
+@dataclass(frozen=True)
+class Chapter:
+    """Strings to make of some of the words, [(word, samples)]."""
+
+    folder: Path
+    words: list
+    count: int
+    seed: int
+
+
+def make_chapter(rate, options, chapter):
+    """Make a chapter's strings and write them; returns seconds of speech."""
+    rng = random.Random(chapter.seed)
+    strings = (string(chapter.words, rate, rng, **options) for _ in range(chapter.count))
+    return write_chapter(chapter, strings, rate)
 
 
 def recombine(source, output, utterances, mixed, seed, workers, **options):
@@ -126,38 +129,45 @@ def recombine(source, output, utterances, mixed, seed, workers, **options):
 
     mixed : share of the strings whose words come from several speakers
     options : (low, high) of length, words of a string; gap, seconds between words; speed, of a word
-    The folder appears when it is complete. Its chapters' numbers follow its name, so that several
-    such splits, with their recordings, can be one training set.
-    UserError for options that cannot be met and for a source without separate words.
+    The folder appears when it is complete; a run that was stopped goes on with the same options.
+    Its chapters' numbers follow its name, so that several such splits, with their recordings, can
+    be one training set.
+    UserError for options that cannot be met, for a source without separate words, for a folder
+    that other options made, and while another run is at it.
     """
     check(utterances, mixed, **options)
-    output = Path(os.path.abspath(output))
-    if output.exists():
-        raise UserError(f"{output} exists; give a new folder, or remove it")
+    config = {"version": VERSION, "source": digest(source), "utterances": utterances}
+    config |= {"mixed": mixed, "seed": seed, **{k: list(v) for k, v in options.items()}}
+    split = Split(output, MARKER, config)
+    if (before := split.made()) is not None:
+        return before
     words, rate, unclear = read_words(source)
     if unclear:
         print(f"{unclear} utterances whose words run together are left out", file=sys.stderr)
-    beside = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    chapters = list(share_out(words, beside, first_chapter(output.name), utterances, mixed, seed))
-    seconds = 0.0
-    with tqdm(total=utterances, unit=" utterances", disable=not sys.stderr.isatty()) as progress:
-        work = partial(write_chapter, rate, options)
-        for (_, _, count, _), length in map_in_processes(work, chapters, workers):
-            seconds += length
-            progress.update(count)
-    os.rename(beside, output)
-    return seconds / 3600
+    with split.making() as partial:
+        first = first_chapter(split.folder.name)
+        chapters = list(share_out(words, partial, first, utterances, mixed, seed))
+        return split.make(functools.partial(make_chapter, rate, options), chapters, workers)
+
+
+def digest(folder):
+    """What tells one split from another: a hash of its files."""
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*/*/*")):
+        if path.suffix in (".txt", ".flac"):
+            found.update(f"{path.name} {path.stat().st_size} ".encode())
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def share_out(words, folder, first, utterances, mixed, seed):
-    """Yield (folder, words, number of utterances, seed) of each chapter."""
+    """Yield the chapters: those of one speaker, and those of several."""
     rng, everything = random.Random(seed), [w for own in words.values() for w in own]
     for i, start in enumerate(range(0, utterances, CHAPTER)):
         speaker = EVERYBODY if rng.random() < mixed else rng.choice(sorted(words))
         own = everything if speaker == EVERYBODY else words[speaker]
         count = min(CHAPTER, utterances - start)
-        yield folder / str(speaker) / str(first + i), own, count, rng.getrandbits(32)
+        yield Chapter(folder / str(speaker) / str(first + i), own, count, rng.getrandbits(32))
 
 
 def first_chapter(split):
@@ -197,19 +207,14 @@ def main(argv=None):
     parser.add_argument("--gap", type=float, default=[0.04, 0.25], help="s of silence", **low_high)
     parser.add_argument("--speed", type=float, default=[0.92, 1.08], help="of a word", **low_high)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, help="processes; by default one a CPU")
+    parser.add_argument("--workers", type=count, help="processes; by default one a CPU")
     args = parser.parse_args(argv)
-    try:
+    with plain_errors(
+        "stopped; the same command goes on from here",
+        "once that is mended, the same command goes on",
+        (OSError, sf.LibsndfileError),
+    ):
         hours = recombine(**vars(args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error}; once that is mended, give the same command", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
     print(f"{args.output}: {hours:.2f} h")
 
 

@@ -1,15 +1,14 @@
 """One chapter of the demo corpus: synthesise, resample, add noise, write FLAC and transcript."""
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
-import soundfile as sf
 import torch
 import torchaudio
 
 from demo import espeak
 from demo.speakers import Speaker
+from demo.split import write_chapter
 
 SAMPLE_RATE = 16000
 
@@ -24,10 +23,6 @@ class Chapter:
     snr: tuple[float, float] | None
     seed: int
 
-    @property
-    def name(self):
-        return f"{self.speaker.id}-1"
-
 
 def render(chapter):
     """Write the FLAC files and the transcript of a chapter; returns seconds of speech."""
@@ -35,22 +30,15 @@ def render(chapter):
     rng = np.random.default_rng(chapter.seed)
     who = chapter.speaker
     voice.set_voice(who.accent, who.variant, who.rate, who.pitch, who.pitch_range)
-    os.makedirs(chapter.folder)
-    seconds, lines = 0.0, []
-    for index, text in enumerate(chapter.texts):
+    return write_chapter(chapter, _spoken(chapter, voice, rng), SAMPLE_RATE)
+
+
+def _spoken(chapter, voice, rng):
+    for text in chapter.texts:
         # In capitals eSpeak would spell out some words as abbreviations.
         samples = torch.from_numpy(voice.say(text.lower()))
         samples = torchaudio.functional.resample(samples, voice.sample_rate, SAMPLE_RATE)
-        samples = _record(samples.numpy(), chapter.snr, rng)
-        name = f"{chapter.name}-{index:04d}"
-        path = os.path.join(chapter.folder, f"{name}.flac")
-        sf.write(path, samples, SAMPLE_RATE, subtype="PCM_16")
-        seconds += len(samples) / SAMPLE_RATE
-        lines.append(f"{name} {text}\n")
-    path = os.path.join(chapter.folder, f"{chapter.name}.trans.txt")
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    return seconds
+        yield text, _record(samples.numpy(), chapter.snr, rng)
 
 
 def _record(speech, snr, rng):

@@ -2,16 +2,9 @@
 
 from dataclasses import dataclass
 
-ACCENTS = [
-    "en",
-    "en-us",
-    "en-us-nyc",
-    "en-029",
-    "en-gb-scotland",
-    "en-gb-x-rp",
-    "en-gb-x-gbclan",
-    "en-gb-x-gbcwmd",
-]
+from demo.accents import REGIONAL
+
+ACCENTS = ["en", "en-us", *REGIONAL]
 
 # A variant is the timbre. None is in two splits, while all splits share the accents:
 # the test voices are new, but not foreign.

@@ -6,7 +6,6 @@ python -m demo.synthesise data/synthetic --digits --split synth-digits --hours 1
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -17,8 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import soundfile as sf
-from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 if not __package__:  # run as a file: let it find its own package
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,10 +23,11 @@ if not __package__:  # run as a file: let it find its own package
 from demo import espeak
 from demo.acoustics import Conditions, check_share
 from demo.plan import mean_seconds, share_out
-from demo.processes import map_in_processes
 from demo.readers import draw_readers
 from demo.reading import read_chapter
+from demo.split import Split
 from demo.texts import digit_strings, read_texts, repeated
+from modules.command import count, plain_errors
 from modules.errors import UserError
 
 MARKER = "synthesis.json"  # in a split: which options made it
@@ -73,52 +71,24 @@ def synthesise(
     _check(split, text, digits, hours, speakers, max_words)
     check_share("foreign", foreign)
     conditions.check()
-    output = Path(os.path.abspath(output))
-    folder, partial = output / split, output / f"{split}.partial"
-    if _is_made(folder, config):
-        print(f"{folder}: made before with the same options, kept")
-        return json.loads((folder / MARKER).read_text())["hours"]
-    _is_made(partial, config)
+    made = Split(Path(output) / split, MARKER, config)
+    if (before := made.made()) is not None:
+        return before
     espeak.start()  # what is missing is said here, not by every process
     rng = random.Random(seed)
     readers = draw_readers(rng, speakers, _first_id(split), foreign)
     draw = digit_strings if digits else repeated(read_texts(text, max_words))
-    os.makedirs(output, exist_ok=True)
-    with _held(output, split):
-        _check_disk(output, partial, hours)
-        os.makedirs(partial, exist_ok=True)
+    with made.making() as partial:
+        _check_disk(partial, hours)
         sample = draw(rng, 2000)
-        seconds = _marker(partial).get("mean_seconds")
+        seconds = made.noted("mean_seconds")
         if seconds is None:  # of a new run: a killed one must go on with the same
             seconds = mean_seconds(sample, readers, digits)
-            _mark(partial, {"config": config, "mean_seconds": seconds})
+            made.note(mean_seconds=seconds)
         texts = draw(rng, round(hours * 3600 / seconds))
         chapters = share_out(texts, readers, partial, conditions, digits)
-        made = _read_all(chapters, workers) / 3600
         _write_speakers(partial, readers)
-        _mark(partial, {"config": config, "hours": round(made, 2)})
-        os.rename(partial, folder)
-    return made
-
-
-def _read_all(chapters, workers):
-    """Speak the chapters that are not there yet; returns the seconds of all."""
-    there = [chapter for chapter in chapters if os.path.isdir(chapter.folder)]
-    missing = [chapter for chapter in chapters if not os.path.isdir(chapter.folder)]
-    seconds = sum(map(_length, there))
-    if there:
-        print(f"{len(there)} chapters of {len(chapters)} are there already, and kept")
-    total = sum(len(chapter.texts) for chapter in missing)
-    with tqdm(total=total, unit=" utterances", disable=not sys.stderr.isatty()) as progress:
-        for chapter, length in map_in_processes(read_chapter, missing, workers):
-            seconds += length
-            progress.update(len(chapter.texts))
-            progress.set_postfix_str(f"{seconds / 3600:.2f} h", refresh=False)
-    return seconds
-
-
-def _length(chapter):
-    return sum(sf.info(str(file)).duration for file in Path(chapter.folder).glob("*.flac"))
+        return made.make(read_chapter, chapters, workers)
 
 
 def _check(split, text, digits, hours, speakers, max_words):
@@ -140,42 +110,15 @@ def _digest(path):
         return None
 
 
-def _is_made(folder, config):
-    """Is this split complete? UserError when others than these options made it."""
-    if not folder.exists():
-        return False
-    found = _marker(folder)
-    before = found.get("config")
-    if before == config:
-        return "hours" in found
-    if before and not any(path.is_dir() for path in folder.iterdir()):
-        (folder / MARKER).unlink()  # no chapter was said yet
-    elif any(folder.iterdir()):
-        differ = ", ".join(key for key in config if before and before.get(key) != config[key])
-        reason = f"other options ({differ})" if before else "something else"
-        raise UserError(
-            f"{folder} was made by {reason}; choose another --split, or remove that folder"
-        )
-    return False
-
-
-def _check_disk(output, partial, hours):
+def _check_disk(partial, hours):
     there = sum(file.stat().st_size for file in partial.rglob("*.flac")) / 1e6
     needed = hours * MEGABYTES_PER_HOUR - there
-    free = shutil.disk_usage(output).free / 1e6
+    free = shutil.disk_usage(partial).free / 1e6
     if needed > free:
         raise UserError(
-            f"{output} has {free:,.0f} MB free, and {hours:g} hours take about {needed:,.0f} MB; "
-            "make room, or give fewer --hours or another folder"
+            f"{partial.parent} has {free:,.0f} MB free, and {hours:g} hours take about "
+            f"{needed:,.0f} MB; make room, or give fewer --hours or another folder"
         )
-
-
-def _held(output, split):
-    lock = FileLock(output / f".{split}.lock")
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another run is writing {output / split}; wait for it") from None
 
 
 def _first_id(split):
@@ -192,19 +135,6 @@ def _write_speakers(folder, readers):
     (folder / "speakers.tsv").write_text("\n".join(rows) + "\n")
 
 
-def _mark(folder, content):
-    partial = folder / f".{MARKER}.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, folder / MARKER)
-
-
-def _marker(folder):
-    try:
-        return json.loads((folder / MARKER).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-
-
 def main(argv=None):
     args = _parser().parse_args(argv)
     options = vars(args)
@@ -213,17 +143,12 @@ def main(argv=None):
         tuple(options.pop("snr")),
     )
     began = time.monotonic()
-    try:
+    with plain_errors(
+        "stopped; the same command goes on from here",
+        "once that is mended, the same command goes on",
+        (OSError, sf.LibsndfileError),
+    ):
         made = synthesise(**options, conditions=conditions)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (OSError, sf.LibsndfileError) as error:
-        print(f"error: {error}; once that is mended, the same command goes on", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
     took = time.monotonic() - began
     print(f"{args.split}: {made:.2f} h in {args.output}/{args.split}, made in {took:.0f} s")
 
@@ -276,7 +201,7 @@ def _parser():
     )
     parser.add_argument("--max-words", type=int, default=40, help="longer lines are cut evenly")
     parser.add_argument("--seed", type=int, default=0, help="for texts, voices and conditions")
-    parser.add_argument("--workers", type=int, help="processes; by default one a CPU")
+    parser.add_argument("--workers", type=count, help="processes; by default one a CPU")
     return parser
 
 

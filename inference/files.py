@@ -7,7 +7,7 @@ from torch import nn
 from inference.parts import FORMAT, MODEL
 from modules.errors import UserError
 from modules.language_model import load_language_model
-from modules.tensors import load_tensors
+from modules.tensors import load_tensors, misfits
 from modules.tokenizer import SubwordTokenizer
 
 LARGEST = 1 << 20  # bytes of a configuration
@@ -65,19 +65,9 @@ def read_config(path):
 
 def load_weights(model, path):
     """Load strictly; UserError naming every missing, unexpected or misshapen weight."""
-    weights, wanted = load_tensors(present(path)), model.state_dict()
-    problems = [f"missing weight {name!r}" for name in wanted if name not in weights]
-    problems += [f"unexpected weight {name!r}" for name in weights if name not in wanted]
-    problems += [
-        f"weight {name!r} has shape {tuple(weights[name].shape)}, config.json wants "
-        f"{tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in weights and weights[name].shape != wanted[name].shape
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:10])
-        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UserError(f"{path} does not fit config.json:\n  {shown}{more}")
+    weights = load_tensors(present(path))
+    if lines := misfits(model, weights, "config.json"):
+        raise UserError(f"{path} does not fit config.json:\n{lines}")
     model.load_state_dict(weights, strict=True)
 
 

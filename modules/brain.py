@@ -6,50 +6,34 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-from speechbrain.utils.checkpoints import ckpt_recency
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.metric_stats import ErrorRateStats
 
-from modules.checkpoints import average, best, newest
 from modules.compilation import compile_layers
-from modules.data import WholeStepSampler
 from modules.ema import WeightAverage
-from modules.errors import UserError
 from modules.graphs import Graphs, TrainingGraphs, pad_to_few_shapes
 from modules.lengths import absolute, relative, zero_padding
-from modules.loggers import make_loggers
 from modules.losses import consistency_loss, too_few_frames
-from modules.optimizers import advance_before_steps, fused, parameter_groups
-from modules.resuming import ResumingBrain
+from modules.training import TrainingBrain
 from modules.whole import whole
 
 logger = logging.getLogger(__name__)
 
 
-class ASRBrain(ResumingBrain):
-    """Encodes, scores word errors, checkpoints, averages and schedules the learning rate.
+class ASRBrain(TrainingBrain):
+    """Reads audio, encodes, and scores word errors, by which checkpoints are ranked.
 
-    A subclass gives `compute_forward`, `compute_objectives`, `prepare_test` and names the
-    validation statistic that ranks checkpoints.
+    A subclass gives `compute_forward`, `compute_objectives` and `prepare_test`.
     """
 
     checkpoint_metric = "WER"
-    higher_is_better = False
 
     def __init__(self, hparams, run_opts):
-        super().__init__(
-            modules=hparams["modules"],
-            opt_class=hparams["opt_class"],
-            hparams=hparams,
-            run_opts=run_opts,
-            checkpointer=hparams["checkpointer"],
-        )
+        super().__init__(hparams, run_opts)
         # Statistics are read onto the device that the features are on.
         self.hparams.normalize.to(self.device)
         self.tokenizer = hparams["tokenizer"]
-        self.loggers = make_loggers(hparams)
         self.graphs = self.evaluation_graphs = None
-        self.results, self.unread = {}, []
         self.ema = WeightAverage(hparams["model"], getattr(self.hparams, "ema_decay", 0.0))
         if self.ema.decay:
             self.checkpointer.add_recoverable("ema", self.ema)
@@ -196,30 +180,17 @@ class ASRBrain(ResumingBrain):
         return [self.graphs.flat] if together else super().gradients()
 
     def init_optimizers(self):
-        """Two parameter groups, with and without weight decay; one schedule for both."""
-        weight_decay = getattr(self.hparams, "weight_decay", 0.0)
-        opt_class = fused(self.opt_class, self.device, self.scaler)
-        self.optimizer = opt_class(parameter_groups(self.modules, weight_decay))
-        self.optimizers_dict = {"optimizer": self.optimizer}
-        if self.checkpointer is not None:
-            self.checkpointer.add_recoverable("optimizer", self.optimizer)
-        advance_before_steps(self.hparams.lr_scheduler, self.optimizer)
+        super().init_optimizers()
         if self.ema.decay:
             self.optimizer.register_step_post_hook(self.ema.update)
+
+    def _fit_train(self, train_set, epoch, enable):
+        train_set.dataset.set_epoch(epoch)
+        super()._fit_train(train_set, epoch, enable)
 
     def fit_batch(self, batch):
         self.note_unread(batch.unread)
         return super().fit_batch(batch.to(self.device))
-
-    def _train_loader_specifics(self, dataset, loader_kwargs):
-        """Share the batches among the ranks, and tell the sampler every epoch."""
-        rank, world_size = 0, 1
-        if self.distributed_launch:
-            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.train_sampler = WholeStepSampler(
-            loader_kwargs["batch_sampler"], self.grad_accumulation_factor, rank, world_size
-        )
-        return {**loader_kwargs, "batch_sampler": self.train_sampler}
 
     # ---- Files that cannot be read ----
 
@@ -240,62 +211,24 @@ class ASRBrain(ResumingBrain):
     # ---- Stages ----
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Log the stage; after validation write a checkpoint, after a test its error rates."""
+        """After a test write its error rates."""
         super().on_stage_end(stage, stage_loss, epoch)
-        if stage == sb.Stage.TRAIN:
-            self.train_stats = {"loss": self.mean_of_ranks(stage_loss)}
-            if self.skipped_batches:
-                self.train_stats["skipped batches"] = self.skipped_batches
-            self.report_unalignable()
-            if unread := self.count_unread():
-                self.train_stats["unread files"] = unread
-            if self.graphs is not None:
-                self.graphs.report()
-        elif stage == sb.Stage.VALID:
-            stats = {"loss": stage_loss, **self.validation_statistics()}
-            if self.unread:
-                stats["unread files"] = len(self.unread)
-            self.loggers.log_stats(
-                {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **self.step_count()},
-                train_stats=self.train_stats,
-                valid_stats=stats,
-            )
-            self.save_checkpoint(epoch, stats)
-        else:
+        if stage == sb.Stage.TEST:
             self.write_results(stage_loss)
 
-    def mean_of_ranks(self, value):
-        """Every rank has seen other batches: a number's mean over them."""
-        if not self.distributed_launch:
-            return value
-        total = torch.tensor(float(value), device=self.device)
-        torch.distributed.all_reduce(total)
-        return total.item() / torch.distributed.get_world_size()
-
-    def step_count(self):
-        return {"steps": self.optimizer_step}
+    def training_statistics(self):
+        self.report_unalignable()
+        if self.graphs is not None:
+            self.graphs.report()
+        unread = self.count_unread()
+        return super().training_statistics() | ({"unread files": unread} if unread else {})
 
     def validation_statistics(self):
-        """What is logged, and ranked by, after validation: {name: number}."""
         return self.error_rates()
 
     def _save_intra_epoch_ckpt(self):
         with self.ema.showing():
             super()._save_intra_epoch_ckpt()
-
-    def save_checkpoint(self, epoch, stats):
-        """Keep the best checkpoints for averaging, and the newest for continuing."""
-        metric = self.checkpoint_metric
-        self.collect()
-        keys = {"max_keys" if self.higher_is_better else "min_keys": [metric]}
-        self.checkpointer.save_and_keep_only(
-            meta={metric: stats[metric], "epoch": epoch},
-            num_to_keep=self.hparams.avg_checkpoints,
-            keep_recent=False,
-            # SpeechBrain's default is one list for all calls, which `keep_recent` lengthens.
-            importance_keys=[ckpt_recency],
-            **keys,
-        )
 
     def write_results(self, loss):
         """Write `wer_<test set>.txt` and remember the numbers for the summary."""
@@ -314,25 +247,6 @@ class ASRBrain(ResumingBrain):
                 self.wer.write_stats(f)
 
     # ---- Evaluating ----
-
-    def on_evaluate_start(self, max_key=None, min_key=None):
-        """Load the average of the best checkpoints, once; nothing is written or deleted."""
-        if self.results:
-            return
-        self.graphs = None  # frees their memory
-        found = self.found_checkpoints()
-        if not found:
-            raise UserError(
-                f"there is no checkpoint in {self.checkpointer.checkpoints_dir}; train first "
-                "(without --skip_train), or give --resume a folder that holds one"
-            )
-        # The newest knows how long was trained; its weights give way to the average.
-        self.checkpointer.load_checkpoint(newest(found))
-        chosen = best(
-            found, self.checkpoint_metric, self.higher_is_better, self.hparams.avg_checkpoints
-        )
-        self.hparams.model.load_state_dict(average(chosen), strict=True)
-        logger.info("Evaluating the average of %d checkpoints", len(chosen))
 
     def test(self, datasets, loader_options):
         """Evaluate every test set: {name: dataset} -> {name: {"WER", "CER", "RTF"}}."""

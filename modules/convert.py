@@ -10,16 +10,16 @@ OUTPUT becomes an output folder that can be evaluated or trained on:
 import argparse
 import os
 import re
-import sys
 import tempfile
 from pathlib import Path
 
 import speechbrain as sb
 import yaml
-from hyperpyyaml import load_hyperpyyaml
 
 from modules.checkpoints import Checkpointer
+from modules.command import plain_errors
 from modules.errors import UserError
+from modules.options import load, top_level, yaml_path
 from modules.tensors import load_tensors
 from modules.tokenizer import SPECIAL
 from modules.upstream import convert, load_strictly
@@ -108,7 +108,11 @@ def load_statistics(normalize, path):
 def read_alphabet(path):
     """The characters of a SpeechBrain label encoder in the order of their ids, from 3 up."""
     labels = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no label encoder's text: {error}") from None
+    for line in lines:
         match = LABEL_LINE.match(line)
         if match:
             labels[int(match[3])] = match[2]
@@ -130,13 +134,17 @@ def convert_folder(source, yaml_file, output, label_encoder=None):
         raise UserError(f"{source} holds no model.ckpt; give one CKPT+... folder")
     if (output / "save").exists():
         raise UserError(f"{output} holds a run already; give another output folder")
+    yaml_file = yaml_path(str(yaml_file))
     overrides = {"output_folder": str(output)}
     if label_encoder is not None:
         overrides["alphabet"] = read_alphabet(label_encoder)
+    top_level(yaml_file, overrides)  # UserError where it is no recipe
     # The YAML file's checkpointer makes its folder when it is made: somewhere else until all fits.
-    with tempfile.TemporaryDirectory() as scratch, open(yaml_file, encoding="utf-8") as f:
-        hparams = load_hyperpyyaml(f, {**overrides, "output_folder": scratch})
+    with tempfile.TemporaryDirectory() as scratch:
+        hparams = load(yaml_file, {**overrides, "output_folder": scratch})
     state_dict = load_tensors(source / "model.ckpt")
+    if not isinstance(state_dict, dict):
+        raise UserError(f"{source / 'model.ckpt'} holds no weights by name; give a checkpoint")
     load_parts(hparams, split_modules(state_dict))
     load_statistics(hparams["normalize"], source / "normalizer.ckpt")
     os.makedirs(output, exist_ok=True)
@@ -149,8 +157,12 @@ def convert_folder(source, yaml_file, output, label_encoder=None):
 def read_meta(source):
     """The published checkpoint's statistics; the worst ones where it has none."""
     path = source / "CKPT.yaml"
-    meta = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    kept = {k: v for k, v in (meta or {}).items() if isinstance(v, int | float)}
+    try:
+        meta = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML file: {error}; copy it again, or remove it") from None
+    found = meta.items() if isinstance(meta, dict) else ()
+    kept = {k: v for k, v in found if isinstance(v, int | float)}
     return {"WER": float("inf"), "ACC": 0.0, "epoch": 0, **kept}
 
 
@@ -170,14 +182,11 @@ def main():
         help="CTC: label_encoder.txt of the published run, which sets the alphabet's order",
     )
     arguments = parser.parse_args()
-    try:
+    with plain_errors():
         path = convert_folder(
             arguments.source, arguments.hparams, arguments.output, arguments.label_encoder
         )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"wrote {path}")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Manifests (CSV) to datasets, tokens and batches."""
 
 import functools
-import math
 import operator
 import os
 import shutil
@@ -9,19 +8,18 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.dataio.sampler import DynamicBatchSampler, ReproducibleRandomSampler
-from torch.utils.data import BatchSampler, Sampler
 
 from librispeech_prepare import prepare_librispeech
+from modules.batches import pack, shuffled_batches, train_batches
 from modules.checkpoints import newest, resumable
+from modules.datasets import EpochDataset
 from modules.errors import UserError
 from modules.language_model import fetch
 from modules.launch import on_main
 from modules.mixing import MixedBatchSampler, read_mix, times_per_epoch
 from modules.randomness import seeded
-from modules.shards import load_shards, shard_batches
-from modules.waveforms import Batch, Unread, read_audio
+from modules.shards import ShardDataset, load_shards, shard_batches
+from modules.waveforms import Batch, KeptAudio, Unread
 from modules.whole import whole
 
 
@@ -54,7 +52,7 @@ def load_manifest(path, hparams):
             f"the manifest {path} is missing; run without --skip_prep, or check --train_splits, "
             "--dev_splits and --test_splits"
         )
-    dataset = DynamicItemDataset.from_csv(
+    dataset = EpochDataset.from_csv(
         csv_path=str(path), replacements={"data_root": str(hparams["data_folder"])}
     )
     if len(dataset) == 0:
@@ -85,11 +83,13 @@ def add_pipelines(hparams, train, valid, tests, text_pipeline, text_keys):
     Of a file that cannot be read, `sig` is an Unread, which batches leave out.
     text_pipeline (transcript) yields a value a key of text_keys; `wrd` stays beside them.
     """
+    # Files of before the key was there keep nothing.
+    audio = KeptAudio(hparams["sample_rate"], hparams.get("audio_cache_mb", 0))
 
     @sb.utils.data_pipeline.takes("wav", "duration")
     @sb.utils.data_pipeline.provides("sig")
     def read(wav, duration):
-        return read_audio(wav, hparams["sample_rate"], float(duration))
+        return audio.read(wav, float(duration))
 
     @sb.utils.data_pipeline.takes("id", "wav", "duration")
     @sb.utils.data_pipeline.provides("sig")
@@ -97,8 +97,7 @@ def add_pipelines(hparams, train, valid, tests, text_pipeline, text_keys):
         sig = read(wav, duration)
         if isinstance(sig, Unread):
             return sig
-        # Workers are started anew in every epoch, so they know which it is.
-        with seeded(hparams["seed"], hparams["epoch_counter"].current, utterance):
+        with seeded(hparams["seed"], train.epoch, utterance):
             return hparams["speed_perturb"](sig.unsqueeze(0)).squeeze(0)
 
     takes = sb.utils.data_pipeline.takes("wrd")
@@ -107,44 +106,17 @@ def add_pipelines(hparams, train, valid, tests, text_pipeline, text_keys):
     for dataset in (valid, *tests.values()):
         dataset.add_dynamic_item(read)
     for dataset in (train, valid, *tests.values()):
+        dataset.audio_files = audio
         dataset.add_dynamic_item(text)
         dataset.set_output_keys(["id", "sig", "wrd", *text_keys])
 
 
-class EpochBatchSampler(BatchSampler):
-    """PyTorch's `BatchSampler` that tells its sampler the epoch."""
-
-    def set_epoch(self, epoch):
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)
-
-
-class WholeStepSampler(Sampler):
-    """A rank's share of another sampler's batches, in whole optimizer steps.
-
-    Rank r of n takes batches r, r + n, ...: n processes see, step by step, the batches that one
-    process with n times the `grad_accumulation_factor` sees. The last step is filled from the
-    first batches: all ranks take equally many, and no gradient is left over at an epoch's end.
-    (SpeechBrain's wrapper fixes the number of batches at the start, but dynamic batches vary in
-    number from epoch to epoch.)
-    """
-
-    def __init__(self, batch_sampler, accumulation=1, rank=0, world_size=1):
-        self.batch_sampler, self.accumulation = batch_sampler, accumulation
-        self.rank, self.world_size = rank, world_size
-
-    def __len__(self):
-        steps = math.ceil(len(self.batch_sampler) / (self.world_size * self.accumulation))
-        return steps * self.accumulation
-
-    def __iter__(self):
-        batches = list(self.batch_sampler)
-        missing = -len(batches) % (self.world_size * self.accumulation)
-        batches += [batches[i % len(batches)] for i in range(missing)]
-        return iter(batches[self.rank :: self.world_size])
-
-    def set_epoch(self, epoch):
-        self.batch_sampler.set_epoch(epoch)
+def keep_audio(*datasets):
+    """Decode now what every epoch reads, as far as `audio_cache_mb` holds whole datasets."""
+    for dataset in datasets:
+        if not isinstance(dataset, ShardDataset):
+            rows = [dataset.data[i] for i in dataset.data_ids]
+            dataset.audio_files.keep([(row["wav"], float(row["duration"])) for row in rows])
 
 
 def train_loader_options(hparams, dataset):
@@ -163,67 +135,6 @@ def train_loader_options(hparams, dataset):
     else:
         sampler = MixedBatchSampler(make_batches, times, hparams["seed"])
     return {"batch_sampler": sampler, **worker_options(hparams)}
-
-
-def train_batches(hparams, durations):
-    """A sampler of batches of indices into `durations` (seconds), in another order every epoch."""
-    if hparams["dynamic_batching"]:
-        return DynamicBatchSampler(
-            durations,
-            hparams["max_batch_length_train"],
-            num_buckets=hparams["num_buckets"],
-            lengths_list=durations,
-            shuffle=True,
-            batch_ordering="random",
-            max_batch_ex=hparams["max_batch_ex"],
-            seed=hparams["seed"],
-        )
-    order = fixed_order(hparams, durations)
-    return EpochBatchSampler(order, hparams["batch_size"], drop_last=False)
-
-
-def shuffled_batches(hparams, durations, chosen, rng):
-    """Batches of the chosen utterances alone, with little padding, in random order.
-
-    Among those of a shard or some, DynamicBatchSampler's many classes would leave many small ones.
-    """
-    if not hparams["dynamic_batching"]:
-        if hparams["sorting"] != "random":
-            raise UserError(
-                f"sorting={hparams['sorting']!r} is not for train_shards, which are read in random "
-                "order; use random"
-            )
-        order = rng.sample(chosen, len(chosen))
-        return pack(order, durations, most=hparams["batch_size"])
-    # Not quite by length, so that the same are not always together.
-    about = [durations[i] * rng.uniform(0.98, 1.02) for i in chosen]
-    order = [i for _, i in sorted(zip(about, chosen, strict=True))]
-    batches = pack(order, durations, hparams["max_batch_ex"], hparams["max_batch_length_train"])
-    rng.shuffle(batches)
-    return batches
-
-
-def pack(order, durations, most=math.inf, seconds=math.inf):
-    """Cut an order of utterances into batches of at most so many, and seconds with padding."""
-    batches, longest = [[]], 0.0
-    for i in order:
-        longest = max(longest, durations[i])
-        size = len(batches[-1])
-        if size and (size == most or (size + 1) * longest > seconds):
-            batches.append([])
-            longest = durations[i]
-        batches[-1].append(i)
-    return batches
-
-
-def fixed_order(hparams, durations):
-    """The order of utterances for batches of fixed size; `sorting` names it."""
-    sorting = hparams["sorting"]
-    if sorting == "random":
-        return ReproducibleRandomSampler(durations, seed=hparams["seed"])
-    if sorting not in ("ascending", "descending"):
-        raise UserError(f"sorting={sorting!r} is unknown; use random, ascending or descending")
-    return sorted(range(len(durations)), key=durations.__getitem__, reverse=sorting == "descending")
 
 
 def eval_loader_options(hparams, dataset, seconds=None):
@@ -250,7 +161,8 @@ def worker_options(hparams):
         "generator": torch.Generator(),
     }
     if workers:
-        options["worker_init_fn"] = start_worker
+        # To start them anew takes longer than an epoch of a small corpus.
+        options |= {"worker_init_fn": start_worker, "persistent_workers": True}
     return options
 
 

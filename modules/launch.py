@@ -9,11 +9,11 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-from hyperpyyaml import load_hyperpyyaml
 
+from modules.checks import check_values
 from modules.errors import Stopped, UserError
 from modules.ops import selective_scan
-from modules.options import check_values, describe, read_options, top_level, yaml_path
+from modules.options import describe, load, read_options, top_level, yaml_path
 from modules.signals import EXIT_STOPPED
 from modules.tensors import check_environment
 
@@ -120,11 +120,7 @@ def start(argv):
     check_compilation(run_opts, values.get("scan_backend", "auto"))
     # The process group comes first: what the YAML file creates may ask for the rank.
     sb.utils.distributed.ddp_init_group(run_opts)
-    try:
-        with open(path, encoding="utf-8") as f:
-            hparams = load_hyperpyyaml(f, overrides)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    hparams = load(path, overrides)
     check_alphabet(hparams)
     check_sizes(hparams)
     selective_scan.set_backend(hparams.get("scan_backend", "auto"))

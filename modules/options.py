@@ -2,15 +2,30 @@
 
 import dataclasses
 import difflib
-import os
+import math
 from pathlib import Path
 
 import yaml
-from hyperpyyaml import resolve_references
+from hyperpyyaml import load_hyperpyyaml, resolve_references
 from ruamel.yaml.error import YAMLError
 from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 
 from modules.errors import UserError
+from modules.resolved import is_plain
+
+
+class Keys(dict):
+    """A YAML file's keys and their values; UserError for one that is read and missing."""
+
+    def __init__(self, path, values):
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key):
+        raise UserError(
+            f"{self.path} lacks the key {key}; begin with a file of hparams/, which has all keys "
+            "(docs/configuration.md)"
+        )
 
 
 class Wiring:
@@ -34,19 +49,6 @@ HELP = HELP_TEXTS | {
 }
 LIST_OPTIONS = ("jit_module_keys", "compile_module_keys")
 PRECISIONS = ("fp32", "bf16", "fp16")
-POSITIVE = (
-    "number_of_epochs batch_size test_batch_size avg_checkpoints grad_accumulation_factor "
-    "max_batch_length_train max_batch_length_val max_batch_ex num_buckets n_warmup_steps "
-    "total_steps "
-    "max_nonfinite_steps shard_streams shard_window max_batch_tokens max_tokens num_layers "
-    "d_model num_encoder_layers num_decoder_layers d_ffn d_state expand d_conv nhead kernel_size "
-    "cnn_channels_1 cnn_channels_2 output_neurons valid_search_interval valid_beam_size "
-    "test_beam_size sample_rate n_fft win_length hop_length n_mels"
-)
-SHARES = (
-    "dropout mixer_dropout drop_path ema_decay inter_ctc_weight noise_probability "
-    "reverberation_probability"
-)
 SECONDS = ("max_batch_length_train", "max_batch_length_val")  # may be fractions
 
 
@@ -76,14 +78,26 @@ def top_level(path, overrides=None):
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path} holds no keys")
     loader = yaml.SafeLoader("")
-    values = {}
+    values = Keys(path, {})
     for key, node in root.value:
-        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        plain = all(
-            isinstance(n, yaml.ScalarNode) and not n.tag.startswith("!") for n in parts
-        ) and not node.tag.startswith("!")
+        plain = is_plain(node)
         values[key.value] = loader.construct_object(node, deep=True) if plain else Wiring
     return values
+
+
+def load(path, overrides):
+    """The YAML file's keys, with its objects made; UserError for what cannot be."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return Keys(path, load_hyperpyyaml(f, overrides))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except (KeyError, TypeError) as error:
+        # HyperPyYAML's own words, about an override and about an object's arguments.
+        what = str(error.args[0]) if error.args else ""
+        if not what.startswith(("Override ", "Invalid argument to ")):
+            raise
+        raise UserError(f"{path}: {': '.join(map(str, error.args))}") from error
 
 
 def read_options(argv, defaults):
@@ -164,15 +178,21 @@ def read_value(key, text, default):
                 f"{key}={text!r}: {key} makes an object; change the YAML file, or give its "
                 f'arguments as --{key} "{{name: value}}"'
             )
+    elif isinstance(default, dict):
+        if value is not None and not isinstance(value, dict):
+            raise UserError(
+                f"{key}={text!r} must be a mapping, such as {default}, whose entries take the "
+                f"place of the file's; --{key} null takes all away"
+            )
     elif isinstance(default, bool):
         if not isinstance(value, bool):
             raise UserError(f"{key}={text!r} must be True or False")
     elif is_number(default):
         value = as_number(value)
-        if not is_number(value):
+        if not is_number(value) or math.isnan(value):
             raise UserError(f"{key}={text!r} must be a number, as its default {default}")
         if isinstance(default, int) and key not in SECONDS:
-            if value != int(value):
+            if math.isinf(value) or value != int(value):
                 raise UserError(f"{key}={text} must be a whole number, as its default {default}")
             value = int(value)
     elif isinstance(default, list) and not isinstance(value, list):
@@ -190,69 +210,6 @@ def as_number(value):
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
-
-
-def check_values(values, run_opts):
-    """Mistakes in plain values that would otherwise show only after hours, or not at all."""
-    for key in POSITIVE.split():
-        if is_number(value := values.get(key, 1)) and value <= 0:
-            raise UserError(f"{key}={value} must be positive")
-    for key in SHARES.split():
-        if is_number(value := values.get(key, 0)) and not 0 <= value <= 1:
-            raise UserError(f"{key}={value} must be from 0 to 1")
-    if "views" in values:
-        check_ctc_losses(values)
-    if values["num_workers"] < 0:
-        raise UserError(f"num_workers={values['num_workers']} must be 0 or more")
-    if values.get("normalize_until_epoch", 2) < 2:
-        raise UserError(
-            f"normalize_until_epoch={values['normalize_until_epoch']} leaves no epoch to measure "
-            "the features in; use 2 or more"
-        )
-    for key in ("train_splits", "dev_splits", "test_splits"):
-        if key in values and not values[key]:
-            raise UserError(f"{key} is empty; name at least one split of {values['data_folder']}")
-    for key, precision in (
-        ("precision", values["precision"]),
-        ("eval_precision", run_opts["eval_precision"]),
-    ):
-        if precision not in PRECISIONS:
-            raise UserError(f"{key}={precision!r} is unknown; use {', '.join(PRECISIONS)}")
-        if precision == "fp16" and run_opts["device"] == "cpu":
-            raise UserError(f"{key}=fp16 does not run on the CPU; use --{key} bf16 or fp32")
-    for key in ("output_folder", "save_folder"):
-        check_writable(key, Path(values[key]))
-
-
-def check_ctc_losses(values):
-    """UserError where what is to help the CTC loss does not fit together."""
-    views, weight = values["views"], values["consistency_weight"]
-    if views not in (1, 2):
-        raise UserError(f"views={views}: every utterance has 1 view in a batch, or 2")
-    if weight < 0 or (weight and views == 1):
-        raise UserError(
-            f"consistency_weight={weight} compares two views; give --views 2 and a positive "
-            "weight, such as 0.2, or a weight of 0"
-        )
-    layers, count = values["inter_ctc_layers"], values["num_encoder_layers"]
-    if values["drop_path"] == 1:
-        raise UserError("drop_path=1 would leave out all branches of the last layer; use 0.2")
-    if values.get("ema_decay", 0) == 1:
-        raise UserError("ema_decay=1 would never leave the first step's weights; use 0.999")
-    if any(not isinstance(n, int) or not 1 <= n < count for n in layers):
-        raise UserError(
-            f"inter_ctc_layers={layers} must be numbers of layers below the last one, 1 to "
-            f"{count - 1}"
-        )
-
-
-def check_writable(key, folder):
-    """UserError unless the folder is there or can be made, and written to."""
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not place.is_dir():
-        raise UserError(f"{key}={folder}: {place} is a file; give another --{key}")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{key}={folder}: no permission to write to {place}; give another --{key}")
 
 
 def describe(path, defaults):

@@ -1,7 +1,6 @@
 """What both training scripts do, in order: prepare, train, evaluate, sum up."""
 
 import inspect
-import os
 import shlex
 import sys
 import time
@@ -12,7 +11,13 @@ from hyperpyyaml import resolve_references
 from speechbrain.utils.distributed import if_main_process
 
 from modules import launch
-from modules.data import eval_loader_options, hours, prepare_manifests, train_loader_options
+from modules.data import (
+    eval_loader_options,
+    hours,
+    keep_audio,
+    prepare_manifests,
+    train_loader_options,
+)
 from modules.environment import commit, hardware
 from modules.errors import UserError
 from modules.lock import FolderLock
@@ -59,10 +64,10 @@ def run(path, hparams, run_opts, overrides, brain_class, dataio_prepare):
     train, valid, tests = dataio_prepare(hparams)
     train_hours = hours(train, times_per_epoch(hparams, train))
     brain = brain_class(hparams, run_opts)
-    brain.noprogressbar = brain.noprogressbar or not os.isatty(2)
     brain.check_start()
     launch.on_main(save_hyperparams, path, hparams, overrides)
     if not hparams["skip_train"]:
+        keep_audio(train, valid)
         brain.fit(
             hparams["epoch_counter"],
             train,

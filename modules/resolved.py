@@ -88,3 +88,12 @@ def are_names(node):
     """Whether the keys of a mapping, where a node is one, are plain names."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     return all(isinstance(key, yaml.ScalarNode) for key, _ in pairs)
+
+
+def is_plain(node):
+    """Whether a node makes no object: a scalar, or a list or mapping of such."""
+    if node.tag.startswith("!"):
+        return False
+    if isinstance(node, yaml.MappingNode):
+        return all(is_plain(value) for _, value in node.value)
+    return not isinstance(node, yaml.SequenceNode) or all(map(is_plain, node.value))

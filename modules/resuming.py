@@ -19,7 +19,7 @@ from modules.memory import HalvingBrain
 from modules.randomness import generator_states, set_generator_states
 from modules.signals import StopRequest
 from modules.tensors import load_tensors
-from modules.workers import Restarting
+from modules.workers import Restarting, end_workers
 
 logger = logging.getLogger(__name__)
 
@@ -62,17 +62,25 @@ class ResumingBrain(HalvingBrain):
 
     def fit(self, *args, **kwargs):
         """SpeechBrain's; raises Stopped when a signal has ended it and a checkpoint is saved."""
-        with self.stop_request:
-            super().fit(*args, **kwargs)
+        self.loaders = set()
+        try:
+            with self.stop_request:
+                super().fit(*args, **kwargs)
+        finally:
+            for loader in self.loaders:
+                end_workers(loader)
         if self.stop_request.name:
             self.stop()  # it came in the last moments
 
     def _fit_train(self, train_set, epoch, enable):
-        super()._fit_train(Restarting(train_set), epoch, enable)
+        super()._fit_train(self.restarting(train_set), epoch, enable)
 
     def _fit_valid(self, valid_set, epoch, enable):
-        loader = None if valid_set is None else Restarting(valid_set)
-        super()._fit_valid(loader, epoch, enable)
+        super()._fit_valid(None if valid_set is None else self.restarting(valid_set), epoch, enable)
+
+    def restarting(self, loader):
+        self.loaders.add(loader)
+        return Restarting(loader)
 
     def requests(self):
         """Whether this process wants a checkpoint, and an end, after the present step."""

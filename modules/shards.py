@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from speechbrain.dataio.dataio import load_data_csv
-from speechbrain.dataio.dataset import DynamicItemDataset
 from torch.utils.data import Sampler
 
 from modules.corpus.shards import key_of, webdataset
+from modules.datasets import EpochDataset
 from modules.errors import UserError
 from modules.waveforms import Unread
 
@@ -74,7 +74,7 @@ def processes():
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-class ShardDataset(DynamicItemDataset):
+class ShardDataset(EpochDataset):
     """Utterances whose `wav` names the shard that they are in; pipelines get its bytes instead.
 
     Arguments
@@ -90,7 +90,7 @@ class ShardDataset(DynamicItemDataset):
     def __init__(self, data, folder, capacity):
         super().__init__(data)
         self.folder, self.capacity = str(folder), capacity
-        self.cache = OrderedDict()  # by shard, the one that was used last at the end
+        self.cache, self.cached_in = OrderedDict(), 0  # the shard that was used last at the end
 
     def __getitem__(self, index):
         return self.__getitems__([index])[0]
@@ -106,6 +106,9 @@ class ShardDataset(DynamicItemDataset):
     def audio(self, name):
         """The bytes of an utterance's audio file, or Unread."""
         shard = self.data[name]["wav"]
+        if self.cached_in != self.epoch:  # what could not be read is tried again
+            self.cache.clear()
+            self.cached_in = self.epoch
         if shard not in self.cache:
             if len(self.cache) >= self.capacity:
                 self.cache.popitem(last=False)

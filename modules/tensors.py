@@ -50,3 +50,22 @@ def check_environment():
         raise UserError(
             f"{FORCED} is set, so that reading a checkpoint could run any code; unset it"
         )
+
+
+def misfits(module, weights, config):
+    """Lines naming the weights that are missing, unexpected or misshapen; empty when all fit.
+
+    config : what decided on the module's shapes, by name.
+    """
+    wanted = module.state_dict()
+    lines = [f"missing weight {name!r}" for name in wanted if name not in weights]
+    lines += [f"unexpected weight {name!r}" for name in weights if name not in wanted]
+    lines += [
+        f"weight {name!r} has shape {tuple(weights[name].shape)}, {config} wants "
+        f"{tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in weights and weights[name].shape != wanted[name].shape
+    ]
+    if len(lines) > 10:
+        lines[10:] = [f"... and {len(lines) - 10} more"]
+    return "\n".join(f"  {line}" for line in lines)

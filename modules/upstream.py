@@ -15,6 +15,7 @@ from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
 from modules.encoder import Encoder
 from modules.errors import UserError
 from modules.mamba import BiMamba, Mamba
+from modules.tensors import misfits
 
 # Position tables: computed here, stored there.
 IGNORED = re.compile(r"positional_encoding\.inv_freq|positional_encoding_decoder\.pe")
@@ -102,20 +103,9 @@ def convert(state_dict, bidirectional):
 
 def load_strictly(module, state_dict):
     """Load converted weights; UserError naming every missing, unexpected or misshapen one."""
-    wanted = module.state_dict()
-    problems = [f"missing weight {key!r}" for key in wanted if key not in state_dict]
-    problems += [f"unexpected weight {key!r}" for key in state_dict if key not in wanted]
-    problems += [
-        f"weight {key!r} has shape {tuple(state_dict[key].shape)}, "
-        f"the configuration wants {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in state_dict and state_dict[key].shape != wanted[key].shape
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:10])
-        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+    if lines := misfits(module, state_dict, "the configuration"):
         raise UserError(
-            f"the weights do not fit the configuration:\n  {shown}{more}\n"
+            f"the weights do not fit the configuration:\n{lines}\n"
             "use the configuration that the checkpoint was trained with"
         )
     module.load_state_dict(state_dict)

@@ -3,15 +3,18 @@
 import io
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import soundfile as sf
 import torch
 from speechbrain.dataio.batch import PaddedBatch
+from tqdm import tqdm
 
 from modules.cut_off import cut_off
 
 TOLERANCE = 0.05  # s that a manifest may be wrong by: people round
+SAMPLE_BYTES = 4  # float32
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,41 @@ def read_audio(path, sample_rate, seconds):
         why = getattr(error, "error_string", str(error)) or "unreadable"
     name = "the file in the shard" if in_memory else path
     return Unread(f"{name}: {why}", math.ceil(seconds * sample_rate))
+
+
+class KeptAudio:
+    """Decoded files in memory, for as many as fit; the others are read anew each time.
+
+    To be filled before worker processes are forked: they share the memory.
+
+    Arguments
+    ---------
+    sample_rate : int
+    megabytes : float
+    """
+
+    def __init__(self, sample_rate, megabytes):
+        self.sample_rate, self.free = sample_rate, 1e6 * megabytes
+        self.kept = {}
+
+    def keep(self, files):
+        """Read all files [(path, seconds)] in threads, if all of them fit; else nothing."""
+        size = sum(seconds for _, seconds in files) * self.sample_rate * SAMPLE_BYTES
+        if size > self.free:
+            return
+        self.free -= size
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda file: read_audio(file[0], self.sample_rate, file[1]), files)
+            bar = tqdm(found, desc="audio into memory", total=len(files), disable=None, leave=False)
+            for (path, _), samples in zip(files, bar, strict=True):
+                if not isinstance(samples, Unread):  # which may be mended, and is named each time
+                    self.kept[path] = samples
+
+    def read(self, path, seconds):
+        """As `read_audio`."""
+        if self.kept and (samples := self.kept.get(path)) is not None:
+            return samples.clone()  # the caller may write into it
+        return read_audio(path, self.sample_rate, seconds)
 
 
 def difference(path, audio, sample_rate, seconds):

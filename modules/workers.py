@@ -30,9 +30,9 @@ class Restarting:
     def __iter__(self):
         deaths = 0
         while True:
-            iterator = iter(self.loader)
-            wait_to_be_told()
             try:
+                iterator = iter(self.loader)  # which meets those that died since the last epoch
+                wait_to_be_told()
                 yield from iterator
                 return
             except RuntimeError as error:
@@ -46,7 +46,16 @@ class Restarting:
                     ) from error
                 logger.warning("%s; all are started again", error)
                 # As SpeechBrain's loader goes on after a checkpoint was read.
-                self.loader._speechbrain_recovery_skip_to = iterator._num_yielded
+                done = self.loader._speechbrain_iterator._num_yielded
+                self.loader._speechbrain_recovery_skip_to = done
+                self.loader._iterator = None  # PyTorch's, of workers that live on
+
+
+def end_workers(loader):
+    """End those that wait for the next epoch."""
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+        loader._iterator = None
 
 
 def wait_to_be_told():

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import compiled_loop, measure, scan
 from modules.ops.selective_scan import selective_scan
+from tests.recipes import runs
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -135,6 +136,17 @@ def test_without_a_compiler_the_loop_tells_why(monkeypatch):
     assert compiled_loop.availability() == "needs a C compiler, and there is no cc on the PATH"
 
 
+def test_epochs():
+    printed, _ = run("epochs.py", f"--data_folder={runs.corpus()}", "--train_splits=[train]",
+                     "--dev_splits=[dev]", "--test_splits=[dev]", "--num_workers=1", "--epochs=1",
+                     "--recipe=hparams/CTC/conmamba_tiny.yaml")  # fmt: skip
+    rows = report_of(printed, "epochs")["rows"]
+    assert [(row["workers"], row["audio"]) for row in rows] == [
+        ("anew", "disk"), ("live on", "disk"), ("anew", "memory"), ("live on", "memory"),
+    ]  # fmt: skip
+    assert rows[0]["share"] == 1 and all(row["first_ms"] > 0 for row in rows)
+
+
 def test_scan_check_fails_by_its_exit_status():
     """At so small a shape chunked saves no memory, or no time."""
     printed, status = run("scan.py", "--check", "--batch=1", "--frames=4", "--channels=8",
@@ -159,7 +171,16 @@ def test_a_failed_row_tells_why(capsys):
 
 def test_help_shows_how_to_run():
     """`--help` prints a script's docstring."""
-    for script in ("mixers", "training", "inference", "loading", "scan", "language_models", "cpu"):
+    for script in (
+        "mixers",
+        "training",
+        "inference",
+        "loading",
+        "epochs",
+        "scan",
+        "language_models",
+        "cpu",
+    ):
         text = (ROOT / f"benchmarks/{script}.py").read_text()
         assert f"python benchmarks/{script}.py --" in ast.get_docstring(ast.parse(text))
         assert "description=__doc__," in text

@@ -81,6 +81,20 @@ def test_a_file_that_is_no_hyperpyyaml(capfd, monkeypatch, tmp_path, text):
 
 
 @pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("seed: 1", "precision"),
+        ("{num_workers: 0, precision: fp32, output_folder: a, save_folder: b}", "tokenizer"),
+    ],
+)
+def test_a_file_that_is_no_recipe(capfd, monkeypatch, tmp_path, text, key):
+    (tmp_path / "a.yaml").write_text(text)
+    status, _, err = call(capfd, monkeypatch, "CTC", [tmp_path / "a.yaml", "--device", "cpu"])
+    assert status == 2
+    assert f"a.yaml lacks the key {key}; begin with a file of hparams/" in err
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--d_modl", "8"], "unknown option --d_modl; did you mean d_model?"),
@@ -96,6 +110,7 @@ def test_a_file_that_is_no_hyperpyyaml(capfd, monkeypatch, tmp_path, text):
         (["--d_model", "0"], "d_model=0 must be positive"),
         (["--skip_train", "maybe"], "skip_train='maybe' must be True or False"),
         (["--train_splits", "train"], "train_splits='train' must be a list, such as"),
+        (["--train_splits", "[2024]"], "2024"),
         (["--train_splits", "[]"], "train_splits is empty; name at least one split"),
         (["--train_splits", "[a"], "train_splits='[a' is no YAML"),
         (["--max_grad_norm", "big"], "max_grad_norm='big' must be a number"),
@@ -104,8 +119,18 @@ def test_a_file_that_is_no_hyperpyyaml(capfd, monkeypatch, tmp_path, text):
         (["--optimizer_step_limit", "x"], "optimizer_step_limit='x' must be a whole number"),
         (["--precision", "fp8"], "precision='fp8' is unknown; use fp32, bf16, fp16"),
         (["--encoder", "big"], "encoder='big': encoder makes an object"),
+        (["--encoder", "{num_layres: 2}"], "Invalid argument to class modules.encoder.Encoder: "),
+        (["--speeds", "[fast]"], "speeds=['fast'] must be percentages"),
+        (["--speeds", "[0]"], "speeds=[0] must be percentages"),
+        (["--noise_snr_low", "50"], "noise_snr_low=50 is above noise_snr_high=40"),
+        (["--lr_model", "nan"], "lr_model='nan' must be a number"),
+        (["--lr_model", "-1"], "lr_model=-1 must be positive"),
+        (["--d_model", "inf"], "d_model=inf must be a whole number"),
+        (["--weight_decay", "-1"], "weight_decay=-1 must be 0 or more"),
+        (["--output_folder", ""], "output_folder is empty; give a folder"),
         (["--number_of_epochs", "-1"], "number_of_epochs=-1 must be positive"),
         (["--num_workers", "-1"], "num_workers=-1 must be 0 or more"),
+        (["--audio_cache_mb", "-1"], "audio_cache_mb=-1 must be 0 or more"),
         (["--normalize_until_epoch", "1"], "use 2 or more"),
         (["--n_warmup_steps", "0"], "n_warmup_steps=0 must be positive"),
         (["--max_nonfinite_steps", "0"], "max_nonfinite_steps=0 must be positive"),

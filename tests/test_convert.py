@@ -12,7 +12,7 @@ from speechbrain.lobes.models.convolution import ConvolutionFrontEnd
 from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR
 from speechbrain.utils.checkpoints import Checkpointer
 
-from modules.convert import convert_folder, read_alphabet
+from modules.convert import convert_folder, read_alphabet, read_meta
 from modules.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +113,28 @@ def test_a_wrong_weight_is_named(published, tmp_path):
     torch.save({"weight": torch.ones(1)}, folder / "model.ckpt")
     with pytest.raises(UserError, match="not a checkpoint of the published recipes"):
         convert_folder(folder, YAML, tmp_path / "out")
+
+
+def test_files_of_something_else_are_told(tmp_path):
+    folder, shipped = tmp_path / "CKPT+2024", ROOT / "hparams/CTC/conmamba_tiny.yaml"
+    folder.mkdir()
+    torch.save([torch.ones(1)], folder / "model.ckpt")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    (tmp_path / "thin.yaml").write_text("seed: 1")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    for yaml_file, labels, message in (
+        (tmp_path / "nowhere.yaml", None, "there is no file"),
+        (tmp_path / "broken.yaml", None, "not a HyperPyYAML file"),
+        (tmp_path / "thin.yaml", None, "'output_folder' not found"),
+        (shipped, tmp_path / "bytes", "no label encoder's text"),
+        (shipped, None, "holds no weights by name"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert_folder(folder, yaml_file, tmp_path / "out", labels)
+    assert not (tmp_path / "out").exists()
+    (folder / "CKPT.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"CKPT\.yaml is no YAML file"):
+        read_meta(folder)
 
 
 def test_the_alphabet_comes_from_the_label_encoder(tmp_path):

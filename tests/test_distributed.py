@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 
-from modules.data import WholeStepSampler
+from modules.batches import WholeStepSampler
 from tests.recipes import runs
 
 CTC = "CTC/conmamba_tiny.yaml"

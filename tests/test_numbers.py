@@ -16,7 +16,7 @@ import torch
 
 import train_CTC
 from librispeech_prepare import prepare_librispeech
-from modules import brain as brain_module
+from modules import training
 from modules.checkpoints import Checkpointer
 from modules.losses import too_few_frames
 from tests.recipes import runs
@@ -124,7 +124,7 @@ def fit(yaml_file, folder, scaler=None, **options):
 def test_a_step_that_is_decided_on_the_device_changes_nothing(fault, tmp_path, monkeypatch):
     """As with CUDA graphs, where the host looks back; fused optimizers skip on CPUs too."""
     monkeypatch.setattr(train_CTC.ASR, "looks_back", lambda self: True)
-    monkeypatch.setattr(brain_module, "fused", lambda cls, *_: functools.partial(cls, fused=True))
+    monkeypatch.setattr(training, "fused", lambda cls, *_: functools.partial(cls, fused=True))
     at_batches(monkeypatch, fault, {3})
     brain, states = fit(CTC, tmp_path, number_of_epochs=1)
     same_ones = [same(a, b) for a, b in itertools.pairwise(states)]

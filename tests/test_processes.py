@@ -12,7 +12,7 @@ from speechbrain.dataio.dataloader import SaveableDataLoader
 
 from modules.errors import UserError
 from modules.lock import FolderLock
-from modules.workers import Restarting
+from modules.workers import Restarting, end_workers
 from tests.recipes import runs
 from tests.test_distributed import finish, start_ranks
 from tests.test_exact_resume import EVERYTHING, TWO, faulty
@@ -42,11 +42,30 @@ class Deadly(torch.utils.data.Dataset):
         return i
 
 
-def test_workers_that_are_killed_are_started_again(tmp_path, caplog):
-    loader = SaveableDataLoader(Deadly(tmp_path, 2), batch_size=2, num_workers=2)
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_that_are_killed_are_started_again(persistent, tmp_path, caplog):
+    options = {"batch_size": 2, "num_workers": 2, "persistent_workers": persistent}
+    loader = SaveableDataLoader(Deadly(tmp_path, 2), **options)
     batches = [batch.tolist() for batch in Restarting(loader)]
     assert batches == [[i, i + 1] for i in range(0, 12, 2)]
     assert caplog.text.count("all are started again") == 2
+
+
+def test_workers_that_die_between_epochs_are_started_again(tmp_path, caplog):
+    """Those that live on are waited for no longer than those that are killed at work."""
+    options = {"batch_size": 2, "num_workers": 2, "persistent_workers": True}
+    loader = SaveableDataLoader(Deadly(tmp_path, 0), **options)
+    epochs = [[batch.tolist() for batch in Restarting(loader)]]
+    first = {worker.pid for worker in loader._iterator._workers}
+    epochs += [[batch.tolist() for batch in Restarting(loader)]]
+    assert {worker.pid for worker in loader._iterator._workers} == first
+    os.kill(min(first), signal.SIGKILL)
+    epochs += [[batch.tolist() for batch in Restarting(loader)]]
+    assert epochs == 3 * [[[i, i + 1] for i in range(0, 12, 2)]]
+    assert "all are started again" in caplog.text
+    workers = loader._iterator._workers
+    end_workers(loader)
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def test_workers_that_are_always_killed_end_the_run(tmp_path):

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from demo import recombine
 from demo.recombine import cut, main, read_words, resample
+from demo.split import held
 from librispeech_prepare import prepare_librispeech
 from modules.errors import UserError
 
@@ -114,3 +116,55 @@ def test_sources_that_do_not_fit(split, tmp_path):
     with pytest.raises(SystemExit) as end:
         main([str(split), str(split)])
     assert end.value.code == 2
+
+
+def test_a_stopped_run_goes_on(split, tmp_path, monkeypatch, capsys):
+    """With whole chapters alone, and to the very strings of a run that was never stopped."""
+    monkeypatch.setattr(recombine, "CHAPTER", 5)
+    options = [str(split), "--utterances", "20", "--workers", "1"]
+    main([*options[:1], str(tmp_path / "whole/more"), *options[1:]])
+    whole, seen = recombine.write_chapter, []
+
+    def full(chapter, strings, rate):
+        seen.append(1)
+        if len(seen) == 3:
+            raise OSError(28, "No space left on device")
+        return whole(chapter, strings, rate)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(recombine, "write_chapter", full)
+        main([*options[:1], str(tmp_path / "more"), *options[1:]])
+    assert end.value.code == 2
+    assert "once that is mended, the same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
+    main([*options[:1], str(tmp_path / "more"), *options[1:]])
+    assert "2 chapters of 4 are there already, and kept" in capsys.readouterr().out
+    found, straight = strings(tmp_path / "more"), strings(tmp_path / "whole/more")
+    assert found.keys() == straight.keys() and len(found) == 20
+    for name, (words, samples) in found.items():
+        assert words == straight[name][0] and np.array_equal(samples, straight[name][1])
+    main([*options[:1], str(tmp_path / "more"), *options[1:]])
+    assert "made before with the same options, kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", ["more", "more.partial"])
+def test_other_runs_are_not_mixed(split, tmp_path, capsys, folder):
+    """Neither those that made the folder, nor one that is making it."""
+    main([str(split), str(tmp_path / "more"), "--utterances", "3", "--workers", "1"])
+    (tmp_path / "more").rename(tmp_path / "kept")
+    (tmp_path / "kept").rename(tmp_path / folder)
+    with pytest.raises(SystemExit):
+        main([str(split), str(tmp_path / "more"), "--utterances", "4"])
+    assert "made by other options (utterances)" in capsys.readouterr().err
+    sf.write(split / "7/1/7-1-0001.flac", said(["TWO", "TWO", "TWO"]), RATE)
+    with pytest.raises(SystemExit):
+        main([str(split), str(tmp_path / "more"), "--utterances", "3"])
+    assert "made by other options (source)" in capsys.readouterr().err
+
+
+def test_one_run_at_a_time(split, tmp_path, capsys):
+    with held(tmp_path / "more"), pytest.raises(SystemExit) as end:
+        main([str(split), str(tmp_path / "more"), "--utterances", "3"])
+    assert end.value.code == 2
+    assert "another run is writing" in capsys.readouterr().err
+    assert not (tmp_path / "more.partial").exists()

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import librispeech_prepare
+from modules.batches import WholeStepSampler, pack
 from modules.corpus.shards import key_of, write_shards
-from modules.data import WholeStepSampler, pack, train_loader_options
+from modules.data import train_loader_options
 from modules.errors import UserError
 from modules.shards import ShardBatchSampler, ShardDataset, halve
 from tests.recipes import runs

@@ -2,10 +2,10 @@
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
 from inference.release.building import KINDS, build, check
+from modules.command import plain_errors
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -47,14 +47,8 @@ def parser():
 
 def main():
     arguments = parser().parse_args()
-    try:
+    with plain_errors("interrupted; the release is as it was"):
         run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the release is as it was", file=sys.stderr)
-        sys.exit(130)
 
 
 def run(a):

@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from inference.files import load_parts, read_config
 from inference.parts import MODEL, build_parts
 from inference.release.assets import unpack
 from modules.checkpoints import Checkpointer
+from modules.command import plain_errors
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -57,12 +57,9 @@ def main():
     parser.add_argument("package", metavar="PACKAGE", help="NAME.tar.gz, or a package's folder")
     parser.add_argument("output", metavar="OUTPUT", help="the folder to make")
     arguments = parser.parse_args()
-    try:
+    with plain_errors():
         path = start(arguments.package, arguments.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"wrote {path}; train with --resume {arguments.output}")
+        print(f"wrote {path}; train with --resume {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """python -m inference.report RESULTS_FOLDER...: rates with intervals, and where errors are."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from inference.report.folder import runs_of, same_utterances
 from inference.report.render import FORMATS, report
+from modules.command import plain_errors
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -45,14 +45,8 @@ def parser():
 
 def main():
     arguments = parser().parse_args()
-    try:
+    with plain_errors():
         run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # of a reader such as head, which has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def run(arguments):
@@ -68,7 +62,6 @@ def run(arguments):
         print(FORMATS[arguments.format](report(name, ours, theirs, arguments.top)).rstrip("\n"))
     if arguments.figures:
         draw(arguments.figures, {str(r.path): r for r in [*runs, *others]})
-    sys.stdout.flush()
 
 
 def draw(folder, runs):

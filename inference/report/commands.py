@@ -11,6 +11,7 @@ from hyperpyyaml import resolve_references
 
 from inference.report.results import ROOT
 from modules.errors import UserError
+from modules.resolved import is_plain
 
 PLACES = {"data_folder": "{data}", "output_folder": "{output}", "seed": "{seed}"}
 NONE = object()  # no value: None is one
@@ -172,12 +173,3 @@ def changed(now, wanted):
     if not differ or not all(map(is_plain, differ.values())):
         return NONE
     return {k: yaml.SafeLoader("").construct_object(v, deep=True) for k, v in differ.items()}
-
-
-def is_plain(node):
-    """Whether a node holds neither objects nor references."""
-    if node.tag.startswith("!"):
-        return False
-    if isinstance(node, yaml.MappingNode):
-        return all(is_plain(n) for pair in node.value for n in pair)
-    return not isinstance(node, yaml.SequenceNode) or all(map(is_plain, node.value))

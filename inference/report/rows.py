@@ -12,6 +12,7 @@ from inference.report.commands import command_of
 from inference.report.folder import runs_of, same_utterances
 from inference.report.rates import character_counts, difference, estimate, word_counts
 from inference.report.results import RESULTS, ROOT, put_row, read_results, write_results
+from modules.command import plain_errors
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -63,11 +64,8 @@ def parser():
 
 def main():
     arguments = parser().parse_args()
-    try:
+    with plain_errors():
         failed = run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     sys.exit(1 if failed else 0)
 
 

@@ -8,8 +8,8 @@ from modules.errors import UserError
 
 
 def names_of(value):
-    """A name or several -> list of names, each once."""
-    return [value] if isinstance(value, str) else list(dict.fromkeys(value or ()))
+    """A name or several -> list of names, each once; YAML reads 2024 as a number."""
+    return [value] if isinstance(value, str) else list(dict.fromkeys(map(str, value or ())))
 
 
 def check_options(data_folder, splits, merge_lst, merge_name, max_bad_fraction, limits):

@@ -5,6 +5,8 @@ import io
 from collections import Counter
 from dataclasses import dataclass, field
 
+EXAMPLES = 3  # a kind of fault that go to the log; the report file has all
+
 UNREADABLE = "unreadable audio"
 EMPTY_AUDIO = "audio with 0 samples"
 TOO_SHORT = "audio too short"
@@ -109,6 +111,23 @@ class SplitReport:
                 yield f"    ... and {count - examples} more"
         for note in self.notes:
             yield f"  note: {note}"
+
+
+def note_overlaps(groups, reports):
+    """Training on sentences or readers of the test sets makes their error rates too good."""
+    train, *others = groups
+    for split in {name for group in others for name in group}:
+        for other in train:
+            for what, key in (("sentences", "id"), ("speakers", "speaker")):
+                ours, theirs = (
+                    {getattr(u, key) for u in reports[name].usable} - {""}
+                    for name in (split, other)
+                )
+                if shared := ours & theirs:
+                    reports[split].notes.append(
+                        f"{len(shared)} {what} of {len(ours)} are also in {other}: "
+                        f"{', '.join(sorted(shared)[:EXAMPLES])}"
+                    )
 
 
 def quarantine_text(reports):

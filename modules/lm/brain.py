@@ -7,39 +7,16 @@ import torch
 from speechbrain.utils.distributed import if_main_process
 from torch.nn import functional as F  # noqa: N812
 
-from modules.brain import ASRBrain
 from modules.lengths import absolute
 from modules.lm.data import eval_loader_options
-from modules.loggers import make_loggers
-from modules.resuming import ResumingBrain
+from modules.training import TrainingBrain
 from modules.whole import whole
 
 
-class LMBrain(ResumingBrain):
+class LMBrain(TrainingBrain):
     """Predicts the next token; checkpoints are ranked by the perplexity of the dev text."""
 
     checkpoint_metric = "PPL"
-    higher_is_better = False
-    graphs = None
-
-    # What does not look at audio is ASRBrain's.
-    init_optimizers = ASRBrain.init_optimizers
-    _train_loader_specifics = ASRBrain._train_loader_specifics
-    mean_of_ranks = ASRBrain.mean_of_ranks
-    step_count = ASRBrain.step_count
-    save_checkpoint = ASRBrain.save_checkpoint
-    on_evaluate_start = ASRBrain.on_evaluate_start
-
-    def __init__(self, hparams, run_opts):
-        super().__init__(
-            modules=hparams["modules"],
-            opt_class=hparams["opt_class"],
-            hparams=hparams,
-            run_opts=run_opts,
-            checkpointer=hparams["checkpointer"],
-        )
-        self.loggers = make_loggers(hparams)
-        self.results, self.unread = {}, []
 
     # ---- One batch ----
 
@@ -103,21 +80,8 @@ class LMBrain(ResumingBrain):
     def perplexity(self):
         return math.exp(min(self.total / max(self.number, 1), 700.0))
 
-    def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Log the stage; after validation write a checkpoint."""
-        super().on_stage_end(stage, stage_loss, epoch)
-        if stage == sb.Stage.TRAIN:
-            self.train_stats = {"loss": self.mean_of_ranks(stage_loss)}
-            if self.skipped_batches:
-                self.train_stats["skipped batches"] = self.skipped_batches
-        elif stage == sb.Stage.VALID:
-            stats = {"loss": stage_loss, "PPL": self.perplexity()}
-            self.loggers.log_stats(
-                {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **self.step_count()},
-                train_stats=self.train_stats,
-                valid_stats=stats,
-            )
-            self.save_checkpoint(epoch, stats)
+    def validation_statistics(self):
+        return {"PPL": self.perplexity()}
 
     def test(self, datasets):
         """{name: Sentences} -> {name: {"PPL", "PPL word", ...}} of the average of the best."""

@@ -4,12 +4,12 @@ import argparse
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
 
+from modules.command import plain_errors
 from modules.errors import UserError
 from modules.lm.arpa import Arpa, write_arpa
 from modules.lm.kneser_ney import BOS, EOS, UNKNOWN, estimate
@@ -67,17 +67,8 @@ def parser():
 
 def main(argv=None):
     arguments = parser().parse_args(argv)
-    try:
+    with plain_errors("interrupted; nothing was written", "nothing was written"):
         run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a full disk, a folder that may not be written to
-        print(f"error: {error}; nothing was written", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
 
 
 def run(arguments):

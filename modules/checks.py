@@ -1,0 +1,98 @@
+"""Values of a recipe that cannot be meant, told before any work."""
+
+import os
+from pathlib import Path
+
+from modules.errors import UserError
+from modules.options import PRECISIONS, is_number
+
+POSITIVE = (
+    "number_of_epochs batch_size test_batch_size avg_checkpoints grad_accumulation_factor "
+    "max_batch_length_train max_batch_length_val max_batch_ex num_buckets n_warmup_steps "
+    "total_steps lr_model lr_adam "
+    "max_nonfinite_steps shard_streams shard_window max_batch_tokens max_tokens num_layers "
+    "d_model num_encoder_layers num_decoder_layers d_ffn d_state expand d_conv nhead kernel_size "
+    "cnn_channels_1 cnn_channels_2 output_neurons valid_search_interval valid_beam_size "
+    "test_beam_size sample_rate n_fft win_length hop_length n_mels"
+)
+SHARES = (
+    "dropout mixer_dropout drop_path ema_decay inter_ctc_weight noise_probability "
+    "reverberation_probability"
+)
+
+
+def check_values(values, run_opts):
+    """Mistakes in plain values that would otherwise show only after hours, or not at all."""
+    for key in POSITIVE.split():
+        if is_number(value := values.get(key, 1)) and value <= 0:
+            raise UserError(f"{key}={value} must be positive")
+    for key in SHARES.split():
+        if is_number(value := values.get(key, 0)) and not 0 <= value <= 1:
+            raise UserError(f"{key}={value} must be from 0 to 1")
+    if "views" in values:
+        check_ctc_losses(values)
+    check_augmentation(values)
+    for key in ("num_workers", "audio_cache_mb", "weight_decay"):
+        if values.get(key, 0) < 0:
+            raise UserError(f"{key}={values[key]} must be 0 or more")
+    if values.get("normalize_until_epoch", 2) < 2:
+        raise UserError(
+            f"normalize_until_epoch={values['normalize_until_epoch']} leaves no epoch to measure "
+            "the features in; use 2 or more"
+        )
+    for key in ("train_splits", "dev_splits", "test_splits"):
+        if key in values and not values[key]:
+            raise UserError(f"{key} is empty; name at least one split of {values['data_folder']}")
+    for key, precision in (
+        ("precision", values["precision"]),
+        ("eval_precision", run_opts["eval_precision"]),
+    ):
+        if precision not in PRECISIONS:
+            raise UserError(f"{key}={precision!r} is unknown; use {', '.join(PRECISIONS)}")
+        if precision == "fp16" and run_opts["device"] == "cpu":
+            raise UserError(f"{key}=fp16 does not run on the CPU; use --{key} bf16 or fp32")
+    for key in ("output_folder", "save_folder"):
+        if not values[key]:
+            raise UserError(f"{key} is empty; give a folder, which is made if need be")
+        check_writable(key, Path(values[key]))
+
+
+def check_ctc_losses(values):
+    """UserError where what is to help the CTC loss does not fit together."""
+    views, weight = values["views"], values["consistency_weight"]
+    if views not in (1, 2):
+        raise UserError(f"views={views}: every utterance has 1 view in a batch, or 2")
+    if weight < 0 or (weight and views == 1):
+        raise UserError(
+            f"consistency_weight={weight} compares two views; give --views 2 and a positive "
+            "weight, such as 0.2, or a weight of 0"
+        )
+    layers, count = values["inter_ctc_layers"], values["num_encoder_layers"]
+    if values["drop_path"] == 1:
+        raise UserError("drop_path=1 would leave out all branches of the last layer; use 0.2")
+    if values.get("ema_decay", 0) == 1:
+        raise UserError("ema_decay=1 would never leave the first step's weights; use 0.999")
+    if any(not isinstance(n, int) or not 1 <= n < count for n in layers):
+        raise UserError(
+            f"inter_ctc_layers={layers} must be numbers of layers below the last one, 1 to "
+            f"{count - 1}"
+        )
+
+
+def check_augmentation(values):
+    """UserError for speeds and levels of noise that cannot be meant."""
+    speeds = values.get("speeds", [100])
+    if not speeds or not all(is_number(speed) and speed > 0 for speed in speeds):
+        raise UserError(f"speeds={speeds} must be percentages, such as [95, 100, 105]; [100]: none")
+    low, high = (values.get(f"noise_snr_{end}", 0) for end in ("low", "high"))
+    if low > high:
+        raise UserError(f"noise_snr_low={low} is above noise_snr_high={high}; give the lower first")
+
+
+def check_writable(key, folder):
+    """UserError unless the folder is there or can be made, and written to."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise UserError(f"{key}={folder}: {place} is a file; give another --{key}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{key}={folder}: no permission to write to {place}; give another --{key}")

@@ -1,0 +1,47 @@
+"""What commands share: a mistake or Ctrl-C is told in a line, and the exit status says which."""
+
+import argparse
+import contextlib
+import os
+import sys
+
+from modules.errors import UserError
+
+
+@contextlib.contextmanager
+def plain_errors(interrupted="interrupted", then=None, failures=(OSError,)):
+    """Exit with 2 after a UserError, 130 after Ctrl-C; 1 where stdout's reader has enough.
+
+    Arguments
+    ---------
+    interrupted : str
+        What Ctrl-C leaves behind, for the user.
+    then : str
+        The same of `failures`: a full disk, a folder without permission.
+    failures : tuple of exception types
+        What the machine may do to the command; its text is the message.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except UserError as error:
+        end(f"error: {error}", 2)
+    except BrokenPipeError:  # of a reader such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except failures as error:
+        end(f"error: {error}" + (f"; {then}" if then else ""), 2)
+    except KeyboardInterrupt:
+        end(f"\n{interrupted}", 130)
+
+
+def count(text):
+    """A whole number above 0, as a type for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
+    return int(text)
+
+
+def end(text, status):
+    print(text, file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,80 @@
+"""A command's end: a line for a person, and a status for a script."""
+
+import argparse
+import os
+import subprocess
+import sys
+
+import pytest
+
+from modules.command import count, plain_errors
+from modules.errors import UserError
+from modules.options import Wiring, read_options, top_level
+from tests.recipes import runs
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (UserError("n=0 must be positive"), 2, "error: n=0 must be positive\n"),
+        (OSError("no space"), 2, "error: no space; nothing was written\n"),
+        (KeyboardInterrupt(), 130, "\nstopped\n"),
+    ],
+)
+def test_one_line_and_a_status(capsys, error, status, told):
+    with pytest.raises(SystemExit) as end, plain_errors("stopped", "nothing was written"):
+        raise error
+    assert end.value.code == status
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])
+def test_counts(text, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workers", type=count)
+    assert parser.parse_args(["--workers", "12"]).workers == 12
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--workers={text}"])
+    assert f"{text!r} must be a whole number, 1 or more" in capsys.readouterr().err
+
+
+def test_our_own_mistakes_keep_their_trace():
+    with pytest.raises(KeyError), plain_errors():
+        raise KeyError("d_model")
+
+
+def test_a_reader_that_has_enough():
+    """As head: nothing is said, and nothing when Python flushes at its end."""
+    code = (
+        "from modules.command import plain_errors\n"
+        "with plain_errors():\n"
+        "    for i in range(100_000):\n"
+        "        print(i)\n"
+    )
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, cwd=runs.ROOT
+    )
+    os.close(writing)
+    os.read(reading, 10)
+    os.close(reading)
+    assert process.communicate() == (None, b"")
+    assert process.returncode == 1
+
+
+def test_mappings_are_changed_or_taken_away(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("train_mix: {a: 2, b: 1}\nnormalize: !new:torch.nn.Identity\n    x: {y: 1}\n")
+    defaults = top_level(path)
+    assert defaults["train_mix"] == {"a": 2, "b": 1} and defaults["normalize"] is Wiring
+
+    def given(key, text):
+        _, overrides = read_options([str(path), f"--{key}", text], defaults)
+        return top_level(path, overrides)[key]
+
+    assert given("train_mix", "null") is None
+    assert given("train_mix", "{a: 3}") == {"a": 3, "b": 1}
+    with pytest.raises(UserError, match=r"must be a mapping, such as .*--train_mix null takes all"):
+        given("train_mix", "3")
+    with pytest.raises(UserError, match="normalize makes an object; change the YAML file"):
+        given("normalize", "null")
