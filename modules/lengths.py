@@ -31,4 +31,6 @@ def relative(lengths, num_frames):
     """
     counts = lengths.to(torch.float32)
     fractions = counts / max(num_frames, 1)
-    return torch.where(fractions * num_frames > counts, fractions * (1 - 2**-23), fractions)
+    # Times 1 - 2^-23 is the same number, but ONNX's optimiser takes that for times 1 and drops it.
+    less = fractions - fractions * 2**-23
+    return torch.where(fractions * num_frames > counts, less, fractions)

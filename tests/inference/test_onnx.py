@@ -3,15 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from speechbrain.processing.features import InputNormalization
+from torch import nn
 from torchaudio.functional import resample
 
 from inference import align
+from inference.export import onnx_file
 from inference.export.description import feature_settings
 from inference.onnx.audio import open_audio, read, resampled
 from inference.onnx.features import Features as NumpyFeatures
 from inference.onnx.search import ctc_beam, token_spans
 from modules.errors import UserError
 from modules.features import Features
+from modules.lengths import relative
 from modules.search import CTCSearch
 
 RATE = 16000
@@ -42,6 +46,37 @@ def test_features_are_speechbrains(settings, samples):
     # dB: of float32's noise where a band is nearly empty.
     np.testing.assert_allclose(ours(x), expected[0], atol=2e-2, rtol=0)
     assert np.abs(ours(x) - expected[0].numpy()).mean() < 2e-4
+
+
+class Normalized(nn.Module):
+    """A graph that normalises each utterance by its own statistics, and nothing else."""
+
+    inputs, outputs = ("features", "lengths"), ("log_probs", "frames")
+
+    def __init__(self):
+        super().__init__()
+        self.normalize = InputNormalization(norm_type="sentence")
+
+    def forward(self, features, lengths):
+        x = self.normalize(features, relative(lengths, features.shape[1]))
+        return x, torch.clamp(lengths, min=0)
+
+
+def test_padding_stays_out_of_the_statistics_in_onnx(tmp_path):
+    graph = Normalized().eval()
+    inputs = torch.zeros(2, 64, 2), torch.tensor([64, 50])
+    run = onnx_file.convert(graph, inputs, tmp_path / "a.onnx", False, {})
+    for frames in (150, 322, 333):
+        lengths = torch.arange(2, frames + 1)
+        # Whose quotient in float32 says more than it is.
+        lengths = lengths[lengths.float() / frames * frames > lengths]
+        assert len(lengths) > 9
+        x = torch.from_numpy(noise(frames * 2)).view(1, frames, 2).repeat(len(lengths), 1, 1)
+        x[torch.arange(frames) >= lengths[:, None]] = 1e3
+        found, _ = run(x, lengths)
+        for row, ours, n in zip(x, found, lengths, strict=True):
+            (expected,), _ = graph(row[None, :n], n[None])
+            torch.testing.assert_close(ours[:n], expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
