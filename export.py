@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from inference.export import TARGETS, export
+from inference.export import TARGETS, export, not_exported
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -26,6 +26,7 @@ DIR is a package: python package.py OUTPUT_FOLDER --output DIR makes one from a 
 What is exported is normalisation, frontend, encoder and CTC head, of an S2S model too: features
 (B, T, n_mels) and lengths (B,), both sizes free, to log-probabilities and their lengths. The file
 says of itself what a program needs to use it, as JSON: features, vocabulary, sample rate, states.
+A decoder is not exported.
 
 The file is compared with the model in PyTorch at several sizes, lengths and paddings, and kept only
 if it computes the same. docs/export.md has the limits, the inputs and outputs, and measurements.
@@ -53,7 +54,7 @@ def main():
     parser.add_argument(
         "--streaming",
         action="store_true",
-        help="one step of a causal model, its states as inputs and outputs",
+        help="one step of a causal or chunked model, its states as inputs and outputs",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier file")
     arguments = parser.parse_args()
@@ -68,6 +69,7 @@ def main():
             arguments.streaming,
             arguments.overwrite,
         )
+        left = not_exported(arguments.model)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -75,6 +77,8 @@ def main():
         print("\ninterrupted; nothing is written", file=sys.stderr)
         sys.exit(130)
     print(f"wrote {path}, {size(path) / 1e6:.2f} MB; {parity}")
+    if left:
+        print(f"note: {left}", file=sys.stderr)
 
 
 def size(path):

@@ -142,12 +142,13 @@ class ConvFrontend(nn.Module):
         held = [new(batch_size, self.reach, *shape) for shape in self.shapes[:-1]]
         return held, new(batch_size, dtype=torch.long)
 
-    def step(self, x, lengths, state):
+    def step(self, x, lengths, state, ahead=0):
         """`advance` with tensors of constant size, for graphs that hold for every step.
 
         x (B, T, n_mels), T a multiple of `subsampling`; lengths (B,): fewer than T where an
         utterance ends; state: of each block the `reach` frames before x, and (B,) whether
-        there are any -> (B, T / subsampling, F'), lengths, state.
+        there are any; ahead: frames at x's end, a multiple of `subsampling`, that come again
+        -> (B, T / subsampling, F'), lengths, the state before the frames that come again.
         """
         held, begun = state
         alive = lengths > 0
@@ -156,9 +157,10 @@ class ConvFrontend(nn.Module):
             x = reflect_frames(x, lengths, self.reach, before, begun)
             batch = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
             reach = torch.arange(self.reach, device=x.device)
-            new_held.append(x[batch, lengths.unsqueeze(1) + reach])
+            kept = lengths.clamp(max=x.shape[1] - 2 * self.reach - ahead) if ahead else lengths
+            new_held.append(x[batch, kept.unsqueeze(1) + reach])
             x = block(reflect_bins(x, self.reach))
-            lengths = (lengths - 1) // self.stride + 1
+            lengths, ahead = (lengths - 1) // self.stride + 1, ahead // self.stride
         return (
             zero_padding(x.flatten(2), lengths),
             lengths,

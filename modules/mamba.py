@@ -254,7 +254,8 @@ def run_in_chunks(forward, backward, x_forward, x_backward, lengths, state, chun
     """
     frames = x_forward.shape[1] - chunk.ahead
     y_backward, _ = backward(*cut_windows(x_backward, lengths, chunk))
-    y_backward = y_backward[:, : chunk.size].unflatten(0, (len(x_backward), -1)).flatten(1, 2)
+    batch = x_backward.shape[0]  # not `len`, which a tracer takes for a constant
+    y_backward = y_backward[:, : chunk.size].unflatten(0, (batch, -1)).flatten(1, 2)
     lengths = None if lengths is None else lengths.clamp(max=frames)
     y_forward, state = forward(x_forward[:, :frames], lengths, state=state)
     return (y_forward, y_backward[:, :frames]), state
@@ -271,6 +272,8 @@ def cut_windows(x, lengths, chunk):
         if count == 1:
             return x, None
         lengths = torch.full(x.shape[:1], x.shape[1], device=x.device)
+    if torch.compiler.is_exporting():
+        count += 1  # an empty one: torch.export would take a single one for a constant
     starts = torch.arange(count, device=x.device) * size
     lengths = (lengths.unsqueeze(1) - starts).clamp(0, size + lookahead).flatten()
     # Not by `unfold`, for which torch.compile would compile every size anew.

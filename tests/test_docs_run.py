@@ -137,6 +137,13 @@ def test_export(reader, monkeypatch, capsys):
         lengths=np.array([100]),
     )
     assert about["log_probs"].shape[:2] == (1, 25) and about["frames"] == [25]
+    step = program(
+        "export",
+        1,
+        features=np.zeros((1, 99, 16), np.float32),
+        lengths=np.array([99]),
+    )
+    assert step["start"] == 96 and step["log_probs"].shape[:2] == (1, 1) and step["frames"] == [1]
 
 
 @pytest.mark.slow

@@ -1,16 +1,23 @@
 """Chunked models hear a stream: what one pass in the same chunks hears, in packets of any size."""
 
+import sys
+
 import numpy as np
 import pytest
+import soundfile as sf
 import torch
 
 from inference import Recognizer, StreamingRecognizer
+from inference.export import export
+from inference.onnx import OnnxRecognizer
 from inference.package import package
 from inference.streaming_ctc import StreamingCTC
+from modules.errors import UserError
 from modules.search import ctc_greedy
 from tests.recipes import runs
 from tests.recipes.causal import PAUSE, chunked_package, speech
 from tests.recipes.packages import LEARNS_S2S
+from tests.test_docs_run import program
 from tests.test_streaming_recognizer import RATE, held, one_pass, packets
 
 
@@ -100,12 +107,16 @@ def test_silence_is_silent(whole):
     assert stream.finish().text == ""
 
 
-@pytest.mark.parametrize("name", ["conmamba_causal_tiny", "conmamba_chunked_tiny"])
-def test_an_s2s_model_streams_by_its_ctc_head(name, tmp_path):
-    options = LEARNS_S2S | {"number_of_epochs": 6}
-    runs.train(f"S2S/{name}.yaml", tmp_path / "run", **options)
-    folder = package(tmp_path / "run", tmp_path / "package")
-    recognizer = Recognizer.from_folder(folder, device="cpu")
+@pytest.fixture(scope="module", params=["conmamba_causal_tiny", "conmamba_chunked_tiny"])
+def s2s(request, tmp_path_factory):
+    """Package of a model with a decoder."""
+    folder, options = tmp_path_factory.mktemp("s2s"), LEARNS_S2S | {"number_of_epochs": 6}
+    runs.train(f"S2S/{request.param}.yaml", folder / "run", **options)
+    return package(folder / "run", folder / "package")
+
+
+def test_an_s2s_model_streams_by_its_ctc_head(s2s):
+    recognizer = Recognizer.from_folder(s2s, device="cpu")
     stream = StreamingRecognizer(recognizer)
     x, _ = speech(2, gap=0.24)
     for packet in packets(x, "random"):
@@ -113,3 +124,70 @@ def test_an_s2s_model_streams_by_its_ctc_head(name, tmp_path):
     log_probs = one_pass(recognizer, x)
     (tokens,) = ctc_greedy(log_probs[None], torch.tensor([len(log_probs)]))
     assert stream.finish().text == " ".join(recognizer.tokenizer.decode(tokens).split()) != ""
+
+
+# ---- Exported ----
+
+
+def test_the_step_of_an_exported_file_looks_ahead(whole, tmp_path, monkeypatch):
+    path, found = export(chunked_package(), "onnx", tmp_path / "a.onnx", streaming=True)
+    assert found.largest < 1e-4
+    exported = OnnxRecognizer.from_file(path, beam_size=1)
+    assert (exported.about["frames_multiple_of"], exported.about["frames_again"]) == (32, 8)
+    x, texts = speech(4, gap=0.6)
+    signals = [x, x[:20_000], x[:999]]
+    expected = whole.transcribe(signals, RATE, chunk_seconds=0)
+    assert expected[0].text == " ".join(texts)
+    for frames in (32, 320):
+        monkeypatch.setattr("inference.onnx.recognizer.STEP", frames)
+        assert exported.transcribe(signals, RATE, chunk_seconds=0) == expected
+    # The guide's program.
+    path.rename(tmp_path / "causal-streaming.onnx")
+    monkeypatch.chdir(tmp_path)
+    features = exported.features(x)[None]
+    last = program("export", 1, features=features, lengths=np.array([features.shape[1]]))
+    found, (y,) = last["log_probs"][0, : last["frames"][0]], exported.log_probs([x])
+    np.testing.assert_allclose(found, y[-len(found) :], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("target", "streaming"),
+    [
+        ("torchscript", False),
+        ("torchscript", True),
+        pytest.param("onnx", False, marks=pytest.mark.slow),
+        pytest.param("torch-export", False, marks=pytest.mark.slow),
+        pytest.param("torch-export", True, marks=pytest.mark.slow),
+    ],
+)
+def test_chunks_are_exported(target, streaming, tmp_path):
+    suffix = {"torchscript": "ts", "onnx": "onnx", "torch-export": "pt2"}[target]
+    _, found = export(chunked_package(), target, tmp_path / f"a.{suffix}", streaming=streaming)
+    assert found.largest < 1e-4
+
+
+@pytest.mark.parametrize("target", ["torchscript", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_an_s2s_model_is_exported_without_its_decoder(target, s2s, tmp_path):
+    path = tmp_path / ("a.ts" if target == "torchscript" else "a.onnx")
+    command = [sys.executable, "export.py", "--model", s2s, "--to", target, "--output", path]
+    done = runs.run([*map(str, command), "--streaming"], timeout=600)
+    assert done.returncode == 0 and "100.00 %" in done.stdout
+    assert "note: the decoder is not exported" in done.stderr
+    if target == "torchscript":
+        return
+    x, _ = speech(2, gap=0.24)
+    sf.write(tmp_path / "a.wav", x, RATE)
+    command = [sys.executable, "transcribe.py", tmp_path / "a.wav", "--model", path, "--beam", 1]
+    heard = runs.run([*map(str, command)])
+    recognizer = Recognizer.from_folder(s2s, device="cpu")
+    log_probs = one_pass(recognizer, x)
+    (tokens,) = ctc_greedy(log_probs[None], torch.tensor([len(log_probs)]))
+    assert heard.stdout.strip() == " ".join(recognizer.tokenizer.decode(tokens).split())
+
+
+def test_what_has_no_chunk_has_no_step(tmp_path, monkeypatch):
+    recognizer = Recognizer.from_folder(chunked_package(), device="cpu")
+    recognizer.model["encoder"].chunks.test_config.chunk_size = 0
+    monkeypatch.setattr(Recognizer, "from_folder", lambda *a, **b: recognizer)
+    with pytest.raises(UserError, match="chunk_size=0, which hears whole recordings"):
+        export(chunked_package(), "torchscript", tmp_path / "a.ts", streaming=True)

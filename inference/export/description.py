@@ -18,11 +18,12 @@ def describe(recognizer, config, graph, int8):
         search = vars(CTCSearch([]))["pruning"]
     return {
         "format": FORMAT,
-        "streaming": graph.multiple > 1,
+        "streaming": graph.streaming,
         "int8": int8,
         "inputs": list(graph.inputs),
         "outputs": list(graph.outputs),
-        "frames_multiple_of": graph.multiple,
+        "frames_multiple_of": graph.chunk if graph.streaming else 1,
+        "frames_again": graph.lookahead,
         "subsampling": graph.frontend.subsampling,
         "states": [
             {"name": name, "shape": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")}

@@ -40,11 +40,6 @@ def export(folder, target, output=None, int8=False, streaming=False, overwrite=F
     folder = located(folder)
     recognizer = Recognizer.from_folder(folder, device="cpu")
     config = read_config(folder / "config.json")
-    if recognizer.model["encoder"].chunks is not None:
-        raise UserError(
-            f"{folder} has an encoder that hears chunks, which is not exported; give a causal or "
-            "a bidirectional model"
-        )
     if streaming:
         check_streams(recognizer)
     graph = (StepGraph if streaming else WholeGraph)(recognizer).eval()
@@ -59,6 +54,13 @@ def export(folder, target, output=None, int8=False, streaming=False, overwrite=F
             shutil.rmtree(output)
         os.replace(path, output)
     return output, parity
+
+
+def not_exported(folder):
+    """What of a package stays behind, as a sentence; None: nothing."""
+    if "decoder" in read_config(located(folder) / "config.json")["parts"]:
+        return "the decoder is not exported: the file hears what the CTC head alone does"
+    return None
 
 
 def require(target, packages):

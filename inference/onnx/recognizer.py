@@ -62,8 +62,8 @@ class OnnxRecognizer(Listener):
         """Signals, each (N,) -> log-probabilities (T, V) of each."""
         features = [self.features(x) for x in signals]
         lengths = np.array([len(x) for x in features])
-        multiple = self.about["frames_multiple_of"]
-        frames = -(-max(*lengths, SHORTEST) // multiple) * multiple
+        multiple, again = self.about["frames_multiple_of"], self.about.get("frames_again", 0)
+        frames = -(-max(*lengths, SHORTEST) // multiple) * multiple + again
         batch = np.zeros((len(features), frames, features[0].shape[1]), dtype=np.float32)
         for row, x in zip(batch, features, strict=True):
             row[: len(x)] = x
@@ -77,10 +77,11 @@ class OnnxRecognizer(Listener):
             s["name"]: np.zeros((len(batch), *s["shape"]), dtype=s["dtype"])
             for s in self.about["states"]
         }
-        step = -(-STEP // self.about["frames_multiple_of"]) * self.about["frames_multiple_of"]
+        multiple, again = self.about["frames_multiple_of"], self.about.get("frames_again", 0)
+        step = -(-STEP // multiple) * multiple
         parts = []
-        for start in range(0, batch.shape[1], step):
-            piece = batch[:, start : start + step]
+        for start in range(0, batch.shape[1] - again, step):
+            piece = batch[:, start : start + step + again]
             left = np.clip(lengths - start, 0, piece.shape[1])
             feed = {"features": piece, "lengths": left, **states}
             y, counts, *new = self.session.run(None, feed)
