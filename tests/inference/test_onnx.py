@@ -52,6 +52,7 @@ class Normalized(nn.Module):
     """A graph that normalises each utterance by its own statistics, and nothing else."""
 
     inputs, outputs = ("features", "lengths"), ("log_probs", "frames")
+    streaming = False
 
     def __init__(self):
         super().__init__()
