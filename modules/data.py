@@ -199,8 +199,13 @@ def prepare_tokenizer(hparams, train):
         source = hparams["pretrained_lm_tokenizer_path"]
         if hparams["resume"]:
             # The weights to go on from speak the units of their own run.
+            source = newest(resumable(hparams["resume"])).path.parent / path.name
+            if not source.is_file():
+                raise UserError(
+                    f"resume={hparams['resume']}: {source} is missing, whose units its weights "
+                    "speak; copy it there from the run that wrote the checkpoint"
+                )
             with whole(path) as beside:
-                source = newest(resumable(hparams["resume"])).path.parent / path.name
                 shutil.copyfile(source, beside)
         elif source is None:
             tokenizer.train([train.data[i]["wrd"] for i in train.data_ids], path)

@@ -132,6 +132,9 @@ def test_resume_brings_the_tokenizer(tmp_path):
     )
     models = [(tmp_path / run / "save/tokenizer.model").read_bytes() for run in "ab"]
     assert models[0] == models[1]
+    (tmp_path / "a/save/tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"a/save/tokenizer\.model is missing, whose units"):
+        runs.train(S2S, tmp_path / "c", resume=tmp_path / "a", **options)
 
 
 @pytest.mark.parametrize("wrong", ["nowhere", "nowhere/CKPT+1", "empty", "empty/CKPT+1"])
