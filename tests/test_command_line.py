@@ -139,7 +139,7 @@ def test_a_file_that_is_no_recipe(capfd, monkeypatch, tmp_path, text, key):
         (["--scan_backend", "fast"], "fast"),
         (["--kernel_size", "4"], "kernel_size=4 must be odd; use 5"),
         (["--ema_decay", "1"], "ema_decay=1 would never leave"),
-        (["--frontend", "{channels: [16, 16, 16]}"], '--encoder "{input_size: 160}"'),
+        (["--frontend", "{channels: [16, 16, 16]}"], '--encoder "{input_size: 32}"'),
     ],
 )
 def test_names_and_values(fails, tmp_path, words, message):

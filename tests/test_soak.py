@@ -3,12 +3,9 @@
 import json
 import sys
 
-import pytest
-
 from tests.recipes import runs
 
 
-@pytest.mark.slow
 def test_five_minutes():
     command = [sys.executable, "-m", "tests.recipes.soak", "--minutes", "5", "--every", "15"]
     done = runs.run(command, timeout=1200)
