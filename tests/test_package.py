@@ -65,7 +65,8 @@ def run_elsewhere(code, arguments, cwd, path):
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=runs.environment(PYTHONPATH=str(path)),
+        # A folder's modes do not keep root from leaving bytecode there.
+        env=runs.environment(PYTHONPATH=str(path), PYTHONDONTWRITEBYTECODE="1"),
         timeout=60,
         check=False,
     )
