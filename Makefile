@@ -31,7 +31,7 @@ demo: $(VENV)/demo.installed
 	$(RUN) train_CTC.py hparams/CTC/conmamba_tiny.yaml --data_folder data/demo --output_folder results/demo
 
 test: $(VENV)/dev.installed
-	$(RUN) -m pytest -m "not slow" --numprocesses auto --dist worksteal
+	$(RUN) -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 bench: $(VENV)/dev.installed
 	$(RUN) benchmarks/scan.py --check
