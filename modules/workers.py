@@ -3,10 +3,14 @@
 import logging
 import signal
 import threading
+from multiprocessing.connection import wait
+from pickle import UnpicklingError
 
 from modules.errors import UserError
 
 logger = logging.getLogger(__name__)
+# What a batch that is cut off on its way raises.
+BROKEN = OSError, EOFError, UnpicklingError
 
 
 class Restarting:
@@ -28,15 +32,17 @@ class Restarting:
         return len(self.loader)
 
     def __iter__(self):
-        deaths = 0
+        deaths, done = 0, self.loader._speechbrain_recovery_skip_to or 0
         while True:
             try:
                 iterator = iter(self.loader)  # which meets those that died since the last epoch
                 wait_to_be_told()
-                yield from iterator
+                for batch in iterator:
+                    done += 1
+                    yield batch
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, *BROKEN) as error:
+                if not self.tells_of_death(error):
                     raise
                 deaths += 1
                 if deaths == self.limit:
@@ -44,11 +50,21 @@ class Restarting:
                         f"processes that load data were killed {deaths} times ({error}); often the "
                         "machine's memory is short: lower --num_workers"
                     ) from error
-                logger.warning("%s; all are started again", error)
+                logger.warning("%s; all are started again", error or "A DataLoader worker is gone")
                 # As SpeechBrain's loader goes on after a checkpoint was read.
-                done = self.loader._speechbrain_iterator._num_yielded
                 self.loader._speechbrain_recovery_skip_to = done
                 self.loader._iterator = None  # PyTorch's, of workers that live on
+
+    def tells_of_death(self, error):
+        """Whether an error is a killed worker's; PyTorch says so, or hands on a broken pipe's.
+
+        A process that is killed closes its connections a moment before it counts as ended.
+        """
+        if "DataLoader worker" in str(error):
+            return True
+        workers = getattr(self.loader._speechbrain_iterator, "_workers", [])
+        broken = isinstance(error, BROKEN) and bool(workers)
+        return broken and bool(wait([worker.sentinel for worker in workers], timeout=1))
 
 
 def end_workers(loader):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -72,6 +73,34 @@ def test_workers_that_are_always_killed_end_the_run(tmp_path):
     loader = SaveableDataLoader(Deadly(tmp_path, 9), batch_size=2, num_workers=2)
     with pytest.raises(UserError, match=r"killed 2 times \(DataLoader worker.*lower --num_workers"):
         list(Restarting(loader, limit=2))
+
+
+class CutOff:
+    """A batch that breaks on its way, the first time, since its worker is being killed."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return receive, (self.folder, os.getpid())
+
+
+def receive(folder, sender):
+    for left in folder.iterdir():
+        left.unlink()
+        threading.Timer(0.2, os.kill, (sender, signal.SIGKILL)).start()
+        raise ConnectionResetError("in the middle of a batch")
+    return "whole"
+
+
+def test_a_batch_that_is_cut_off_is_read_again(tmp_path, caplog):
+    """A killed worker's connections end a moment before it counts as ended."""
+    (tmp_path / "left").touch()
+    options = {"num_workers": 1, "persistent_workers": True}
+    loader = SaveableDataLoader([1, 2], collate_fn=lambda _: CutOff(tmp_path), **options)
+    assert list(Restarting(loader)) == ["whole", "whole"]
+    assert caplog.text.count("in the middle of a batch; all are started again") == 1
+    end_workers(loader)
 
 
 def test_other_errors_of_workers_are_not_hidden():

@@ -15,4 +15,4 @@ def test_five_minutes():
     assert min(figures["faults"].values()) >= 1
     for name in ("kill", "stop"):
         assert figures["ended the run"][name] == figures["faults"][name]
-    assert figures["ended the run"]["worker"] == figures["ended the run"]["NaN"] == 0
+    assert figures["ended the run"]["worker"] == figures["ended the run"]["NaN"] == 0, done.stderr

@@ -219,6 +219,9 @@ def disturb(run, faults, minutes, every):
                 assert status == ENDS.get(name, status) != 0, f"{name}: status {status}"
                 assert Checkpointer(run.folder / "save").find_checkpoint(), name
                 counts[name][1] += 1
+                if name not in ENDS:
+                    said = run.folder.with_suffix(".out").read_text(errors="replace")
+                    print(f"{name} ended the run:\n{said[-3000:]}", file=sys.stderr)
                 run.start()
             while time.monotonic() < begun + every and run.alive():
                 time.sleep(0.2)
