@@ -52,6 +52,32 @@ def test_mixers():
     assert len(printed) == 2 + len(rows) and rows[0]["ratio"] == 1
 
 
+def test_machine_code():
+    pytest.importorskip("triton")
+    printed, status = run("machine_code.py", "--calls=conv")
+    rows = report_of(printed, "machine_code")["rows"]
+    assert status == 0 and len(printed) == 1 + len(rows)
+    assert {row["kernel"].split()[1] for row in rows} == {"forward_kernel", "backward_kernel"}
+    for row in rows:
+        one, two, four = row["cycles"]
+        # A cycle takes one instruction of one warp, and more warps take no less time.
+        assert row["instructions"] <= one <= two <= four
+        assert 4 * row["instructions"] <= four
+
+
+def test_what_a_loop_waits_for():
+    """A result's latency is hidden by other warps; a unit's rate by nothing."""
+    machine_code = pytest.importorskip("benchmarks.machine_code")
+
+    def instruction(name, waits=(), result=7):
+        return machine_code.Instruction(name, name, 1, list(waits), result, 7)
+
+    waiting = [instruction("SHFL", result=0), instruction("FADD", waits=[0])]
+    assert [machine_code.issue(waiting, warps)[0] for warps in (1, 4)] == [25, 25]
+    rate = [instruction("MUFU"), instruction("FADD")]
+    assert [machine_code.issue(rate, warps)[0] for warps in (1, 4)] == [8, 32]
+
+
 def test_training(tmp_path):
     models = ["conmamba", "conmamba-8x", "conformer-rope", "speechbrain-relpos"]
     printed, _ = run("training.py", "--device=cpu", "--sizes=tiny", "--batches", "2x1",

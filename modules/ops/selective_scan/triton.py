@@ -26,6 +26,9 @@ CHUNK = 4  # frames loaded ahead, and held in registers by the backward
 SEGMENT = 32  # frames between kept states
 ENOUGH = 1024  # programs that fill a large card
 LEAST = 512  # frames a piece, at least
+# Left to itself the assembler spares registers, for warps that are not there: it waits for every
+# shuffle in turn, and a frame takes twice its time (benchmarks/machine_code.py).
+REGISTERS = 128  # a thread's, where no more are needed
 
 
 def selective_scan(
@@ -102,7 +105,7 @@ def _forward(
     )
     final = last
     inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths)
-    options = {"strided": (u, dt, z), "CHUNK": CHUNK, "SEGMENT": SEGMENT}
+    options = {"strided": (u, dt, z), "CHUNK": CHUNK, "SEGMENT": SEGMENT, "maxnreg": REGISTERS}
     if launch.pieces > 1:
         final = last.new_empty(launch.groups, launch.batch, launch.pieces, *last.shape[2:])
         launch(forward_kernel, (*inputs, None, None, final, None, total), **options)
@@ -153,7 +156,7 @@ def _backward(gradients, args, kept):
     if pieces > 1:
         before = A_t.new_empty(groups, batch, pieces, states, channels)
         inputs = (dt, A_t, BC, z, dt_bias, lengths, dy, before)
-        launch(message_kernel, inputs, strided=(dt, z, dy), CHUNK=CHUNK)
+        launch(message_kernel, inputs, strided=(dt, z, dy), CHUNK=CHUNK, maxnreg=REGISTERS)
         dlast = launch.chain(before, total, A_t, dlast, dinitial, backwards=True)
         first = None
     inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths, starts, scratch, dy, dlast)
@@ -200,7 +203,7 @@ class _Launch:
         self.blocks = -(-self.channels // CHANNELS)
         self.pieces, self.piece_frames = _pieces(*shape)
 
-    def __call__(self, kernel, tensors, strided, **constants):
+    def __call__(self, kernel, tensors, strided, **options):
         """strided: the tensors whose rows need not be dense."""
         if self.batch == 0:
             return
@@ -216,7 +219,7 @@ class _Launch:
                 self.reverse_from,
                 *strides,
                 **self.constants,
-                **constants,
+                **options,
                 num_warps=1,
             )
 

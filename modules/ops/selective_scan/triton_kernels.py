@@ -144,6 +144,13 @@ def pair(row, i, PACKED: tl.constexpr):
     return first, second
 
 
+@triton.jit
+def load_frame(u, dt, z, BC, t, u_t, dt_t, z_t, N: tl.constexpr, PACKED: tl.constexpr):
+    """-> u, dt and z (0 if there is none) of frame t, its row of B and C"""
+    gate = 0.0 if z is None else tl.load(z + t * z_t)
+    return tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, load_row(BC, t, N, PACKED)
+
+
 # One build for every number of frames and utterances.
 @triton.jit(do_not_specialize=["frames", "piece_frames", "utterances", "reverse_from"])
 def forward_kernel(
@@ -190,17 +197,19 @@ def forward_kernel(
         rows = ()
         for i in tl.static_range(CHUNK):
             t = position(i, length, reverse)
-            gate = 0.0 if z is None else tl.load(z + t * z_t)
-            rows = rows + (
-                (tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, load_row(BC, t, N, PACKED)),
-            )
+            rows = rows + (load_frame(u, dt, z, BC, t, u_t, dt_t, z_t, N, PACKED),)
         for k in range(0, length, CHUNK):
             if starts is not None:  # noqa: SIM102 - one is known when compiling
                 if k % SEGMENT == 0:
                     store_states(starts, h, channels, d, d_mask, N)
                     starts += N * channels
+            # All at once: a wait for one load is a wait for those asked for after it, too.
+            ahead = ()
             for i in tl.static_range(CHUNK):
-                row_u, row_dt, gate, row = rows[0]
+                t = position(k + CHUNK + i, length, reverse)
+                ahead = ahead + (load_frame(u, dt, z, BC, t, u_t, dt_t, z_t, N, PACKED),)
+            for i in tl.static_range(CHUNK):
+                row_u, row_dt, gate, row = rows[i]
                 u_k = row_u.to(tl.float32)
                 step, _slope = step_size(row_dt, bias, SOFTPLUS)
                 step = tl.where(k + i < length, step, 0.0)
@@ -228,17 +237,7 @@ def forward_kernel(
                     t = position(k + i, length, reverse)
                     valid = d_mask & (k + i < length)
                     tl.store(y + t * channels, y_k.to(y.dtype.element_ty), mask=valid)
-                # In the place of the row just used, so that none has to be moved.
-                t = position(k + CHUNK + i, length, reverse)
-                gate = 0.0 if z is None else tl.load(z + t * z_t)
-                rows = rows[1:] + (
-                    (
-                        tl.load(u + t * u_t),
-                        tl.load(dt + t * dt_t),
-                        gate,
-                        load_row(BC, t, N, PACKED),
-                    ),
-                )
+            rows = ahead
 
     if y is not None:
         zero = tl.zeros([CHANNELS], y.dtype.element_ty)
