@@ -11,6 +11,7 @@ from speechbrain.utils.metric_stats import ErrorRateStats
 
 from modules.compilation import compile_layers
 from modules.ema import WeightAverage
+from modules.errors import UserError
 from modules.graphs import Graphs, TrainingGraphs, pad_to_few_shapes
 from modules.lengths import absolute, relative, zero_padding
 from modules.losses import consistency_loss, too_few_frames
@@ -208,10 +209,26 @@ class ASRBrain(TrainingBrain):
                 self.note_unread(unread)
         return len(first) + sum(map(len, others))
 
+    def nothing_read(self, stage):
+        """UserError where no file of a validation or test could be read: there is no error rate."""
+        if stage == sb.Stage.TEST:
+            raise UserError(
+                f"no file of the test set {self.test_set} can be read, log.txt says why; bring "
+                "them back, or name other --test_splits"
+            )
+        self.save_before_validation()
+        raise UserError(
+            "no file of dev_splits can be read, log.txt says why; bring them back, and the same "
+            f"command goes on with the validation: {self.checkpointer.checkpoints_dir} has the "
+            "training up to it"
+        )
+
     # ---- Stages ----
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """After a test write its error rates."""
+        if stage != sb.Stage.TRAIN and any(self.sum_of_ranks(not self.audio_seconds)):
+            self.nothing_read(stage)
         super().on_stage_end(stage, stage_loss, epoch)
         if stage == sb.Stage.TEST:
             self.write_results(stage_loss)

@@ -124,10 +124,14 @@ class ResumingBrain(HalvingBrain):
     def evaluate_batch(self, batch, stage):
         """Between batches of the validation too, a signal is heeded: as if it came before it."""
         if stage == sb.Stage.VALID and any(self.sum_of_ranks(bool(self.stop_request.name))):
-            self.step, self.avg_train_loss = self.trained
-            self._save_intra_epoch_ckpt()
+            self.save_before_validation()
             self.stop()
         return super().evaluate_batch(batch, stage)
+
+    def save_before_validation(self):
+        """Save as after the epoch's last step, to go on with its validation."""
+        self.step, self.avg_train_loss, self.unread = self.trained
+        self._save_intra_epoch_ckpt()
 
     # ---- Going on ----
 
@@ -169,7 +173,7 @@ class ResumingBrain(HalvingBrain):
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         if stage == sb.Stage.TRAIN:
-            self.trained = self.step, self.avg_train_loss
+            self.trained = self.step, self.avg_train_loss, list(self.unread)
 
     def found_checkpoints(self):
         """This run's whole checkpoints; those that `resume` names when it has none yet.

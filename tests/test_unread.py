@@ -10,6 +10,7 @@ import pytest
 import soundfile as sf
 
 from modules.data import eval_loader_options
+from modules.errors import UserError
 from modules.waveforms import Unread, read_audio
 from tests.recipes import runs
 from tests.test_distributed import finish, start_ranks
@@ -128,6 +129,24 @@ def test_a_batch_of_which_nothing_is_left(data, tmp_path):
     assert len(re.findall(r"^3-1-\d+, %WER ", scored, re.M)) == 3
     log = (tmp_path / "again/log.txt").read_text()
     assert re.search(r"not finite; the step is skipped, .*: 1-1-0003\n", log)
+
+
+def test_nothing_of_a_set_can_be_read(data, tmp_path):
+    """It is told, of validation with the epoch saved: the same command goes on with it."""
+    options = {"number_of_epochs": 1, "test_splits": "[test-a]"}
+    options |= prepared(data, tmp_path / "run")
+    audio(data, 3).unlink()
+    for split in ("dev", "test-a"):
+        (data / split).rename(data / f"{split}-away")
+    with pytest.raises(UserError, match="no file of dev_splits can be read"):
+        runs.train(CTC, tmp_path / "run", **options)
+    assert not (tmp_path / "run/train_log.txt").exists()
+    (data / "dev-away").rename(data / "dev")
+    with pytest.raises(UserError, match="no file of the test set test-a can be read"):
+        runs.train(CTC, tmp_path / "run", **options)
+    (epoch,) = runs.log_lines(tmp_path / "run")
+    assert epoch["train unread files"] == 1 and "valid unread files" not in epoch
+    assert epoch["valid CER"] > 0
 
 
 @pytest.mark.slow
