@@ -4,6 +4,7 @@ Ids 0, 1, 2 are blank (and padding), bos and eos in both.
 """
 
 import io
+import re
 
 import sentencepiece
 
@@ -103,6 +104,8 @@ class SubwordTokenizer:
                 vocab_size=self.vocab_size,
                 model_type=self.model_type,
                 character_coverage=1.0,
+                # Text is taken as it is: what Unicode calls equal would be scored as wrong.
+                normalization_rule_name="identity",
                 # Id 0 is CTC's blank and the padding too: no character is ever unknown.
                 unk_id=0,
                 bos_id=1,
@@ -112,9 +115,14 @@ class SubwordTokenizer:
             )
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip() or str(error)
+            most = re.search(r"value <= (\d+)", reason)
+            if most:
+                reason, remedy = f"they allow {most[1]} units", f"set --output_neurons {most[1]}"
+            else:
+                remedy = "set --output_neurons to what the text allows"
             raise UserError(
                 f"no {self.model_type} tokenizer of {self.vocab_size} units can be trained from "
-                f"these transcripts: {reason}\nset --output_neurons to what the text allows"
+                f"these transcripts: {reason}; {remedy}"
             ) from None
         units = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
         if units != self.vocab_size:  # char and word: no more than the text has
