@@ -46,6 +46,11 @@ def present(path):
 
 def read_config(path):
     """config.json as plain data; UserError when it is none, or of another format."""
+    if not path.is_file() and (path.parent / "save").is_dir():
+        raise UserError(
+            f"{path.parent} is a training's output folder and no package; make one of it: "
+            f"python package.py {path.parent} --output DIR"
+        )
     if (size := present(path).stat().st_size) > LARGEST:
         raise UserError(f"{path} has {size} bytes; no package's configuration has {LARGEST}")
     try:

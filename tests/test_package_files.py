@@ -106,8 +106,9 @@ def test_a_truncated_file(copied, name, size):
     refused(copied, rf"{name} \(\d+ bytes\) is damaged")
 
 
-def test_missing_files(copied, s2s, tmp_path):
+def test_missing_files(copied, ctc, s2s, tmp_path):
     refused(tmp_path / "nowhere", "there is no folder")
+    refused(ctc[0], f"no package; make one of it: python package.py {ctc[0]} --output DIR")
     for name in ("normalizer.ckpt", "model.ckpt", "config.json"):
         (copied / name).rename(copied / "away")
         refused(copied, f"{name} is missing")
