@@ -12,11 +12,22 @@ from pathlib import Path
 
 import torch
 
-from modules.ops import causal_conv1d, depthwise_conv1d, gating, mamba_step, selective_scan
+from modules.ops import (
+    causal_conv1d,
+    depthwise_conv1d,
+    gating,
+    mamba_step,
+    selective_scan,
+    state_space_dual,
+)
 
 PACKAGES = (
     *("torch", "torchaudio", "speechbrain", "HyperPyYAML", "sentencepiece", "soundfile", "numpy"),
     *("triton", "mamba-ssm", "causal-conv1d", "kenlm", "wandb", "tensorboard", "espeakng-loader"),
+)
+OPERATORS = (
+    *(selective_scan, state_space_dual, causal_conv1d, depthwise_conv1d),
+    *(gating, mamba_step),
 )
 VARIABLES = (
     *("MAMBA_ASR_SCAN_BACKEND", "MAMBA_ASR_CONV_BACKEND", "MAMBA_ASR_STEP_BACKEND"),
@@ -99,7 +110,7 @@ def report():
         "Devices (the first is the default)": devices(),
         **{
             operator.__name__.rpartition(".")[2]: list(operator.available_backends().items())
-            for operator in (selective_scan, causal_conv1d, depthwise_conv1d, gating, mamba_step)
+            for operator in OPERATORS
         },
         "Variables": [(name, os.environ[name]) for name in VARIABLES if name in os.environ],
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from modules.ops import causal_conv1d, selective_scan
+from modules.environment import OPERATORS
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,16 +21,23 @@ def test_one_screen():
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) < 50
+    assert len(lines) < 55
     words = {}
     for line in lines:
         words.setdefault(line.split()[0], line)  # the package torch comes before the backend
     assert torch.__version__.split("+")[0] in words["torch"]
     for name in ("python", "speechbrain", "cores", "memory", "cpu", "commit"):
         assert len(words[name].split()) > 1
-    for operator in (selective_scan, causal_conv1d):
+    for operator in OPERATORS:
+        assert operator.__name__.rpartition(".")[2] in words
         for backend, state in operator.available_backends().items():
             assert backend in words
             if state != "ok":
                 assert len(state.split()) > 2  # why not
     assert "ok" in words["chunked"]
+
+
+def test_no_operator_is_left_out():
+    shown = {operator.__name__.rpartition(".")[2] for operator in OPERATORS}
+    folders = (ROOT / "modules/ops").glob("*/__init__.py")
+    assert shown == {f.parent.name for f in folders if "Backends(" in f.read_text()}
