@@ -42,7 +42,9 @@ Running the same command again continues a run that was interrupted. Then, with 
 
 Word n-grams for CTC: python -m modules.lm.ngram --help
 
-HPARAMS files here: {available}
+HPARAMS.yaml is one of these, or a copy that you changed:
+
+  {available}
 """
 
 ENOUGH = 1_000_000  # sentences to learn units from, which SentencePiece keeps in memory

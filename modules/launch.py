@@ -27,7 +27,7 @@ Any top-level key of the YAML file can be given on the command line. Examples:
   python {script} {example} --data_folder /data/LibriSpeech
   python {script} {example} --data_folder /data/LibriSpeech \\
       --train_splits "[train-clean-100]" --number_of_epochs 30 --precision fp32
-  python {script} {example} --skip_train True    # evaluate what was trained
+  python {script} {example} --skip_train True  # evaluate it
   python {script} HPARAMS.yaml --help            # the keys of one file, with their defaults
 
 Running the same command again continues a run that was interrupted. Results: train_log.txt and
@@ -36,7 +36,9 @@ wer_<test set>.txt in output_folder. Environment: python -m modules.environment
 A YAML file can run any code, even for its --help: use none that you have not read, or whose
 author you do not trust (docs/untrusted.md). Checkpoints are read as weights alone.
 
-HPARAMS files here: {available}
+HPARAMS.yaml is one of these, or a copy that you changed:
+
+  {available}
 """
 
 
@@ -49,8 +51,8 @@ def run(main, script, example, text=HELP):
     try:
         argv = sys.argv[1:]
         if not argv or argv[0] in ("-h", "--help"):
-            available = ", ".join(sorted(str(p) for p in Path("hparams").glob("*/*.yaml")))
-            print(text.format(script=script, example=example, available=available or "none"))
+            available = "\n  ".join(sorted(str(p) for p in Path(example).parent.glob("*.yaml")))
+            print(text.format(script=script, example=example, available=available or "none here"))
             sys.exit(0 if argv else 2)
         main(argv)
     except UserError as error:
