@@ -68,6 +68,11 @@ def load_datasets(hparams):
     valid = load_manifest(folder / f"{hparams['dev_splits'][0]}.csv", hparams)
     for split in hparams["dev_splits"][1:]:
         more = load_manifest(folder / f"{split}.csv", hparams)
+        if twice := sorted(valid.data.keys() & more.data.keys()):
+            raise UserError(
+                f"{len(twice)} ids of {split} are in another of the dev_splits too, such as "
+                f"{', '.join(twice[:3])}; rename them, or validate on one of the splits"
+            )
         valid.data.update(more.data)
         valid.data_ids.extend(more.data_ids)
     tests = {

@@ -1,9 +1,13 @@
 """Workers that live on, and audio in memory: what the loader gives is the same without them."""
 
+import shutil
+
+import pytest
 import torch
 from speechbrain.dataio.dataloader import SaveableDataLoader
 
 from modules.data import keep_audio, train_loader_options
+from modules.errors import UserError
 from modules.waveforms import KeptAudio, Unread
 from modules.workers import end_workers
 from tests.recipes import runs
@@ -62,3 +66,11 @@ def test_a_file_that_cannot_be_read_is_read_again(tmp_path):
     assert isinstance(audio.read(str(path), 0.5), Unread)
     runs.sf.write(path, torch.zeros(8000).numpy(), runs.RATE)
     assert len(audio.read(str(path), 0.5)) == 8000
+
+
+def test_dev_splits_with_the_same_ids(tmp_path):
+    data = shutil.copytree(runs.corpus(), tmp_path / "data")
+    shutil.copytree(data / "dev", data / "more")
+    options = {"data_folder": data, "dev_splits": "[dev, more]"}
+    with pytest.raises(UserError, match=r"^4 ids of more are in .* dev_splits too, .* 2-1-0000"):
+        runs.build("CTC/conmamba_tiny.yaml", tmp_path / "run", **options)
