@@ -8,6 +8,7 @@ from pathlib import Path
 
 from inference.decode import PYAV_SUFFIXES, SUFFIXES
 from modules.errors import UserError
+from modules.folders import files_below
 
 STDIN = "-"
 
@@ -46,7 +47,7 @@ def find(inputs, stdin):
 
 def recordings_below(folder):
     suffixes = {*SUFFIXES, *PYAV_SUFFIXES}
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    paths = [p for p in files_below(folder) if p.suffix.lower() in suffixes]
     if not paths:
         raise UserError(
             f"the folder {folder} holds no recording ({', '.join(sorted(suffixes))}); name the "

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from inference.recognizer import Recognizer
 from modules.errors import UserError
+from modules.folders import files_below
 
 AUDIO = (".flac", ".wav", ".mp3", ".ogg", ".opus")
 # No network, and nothing of the checkout: only what the archive holds.
@@ -101,11 +102,11 @@ def recordings(run, test_set, ids, data_folder=None):
     else:
         place = Path(data_folder) / test_set
         place = place if place.is_dir() else Path(data_folder)
-        found = {p.stem: str(p) for p in sorted(place.rglob("*")) if p.suffix.lower() in AUDIO}
+        found = {p.stem: str(p) for p in files_below(place) if p.suffix.lower() in AUDIO}
     missing = [i for i in ids if not Path(found.get(i, "")).is_file()]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(ids)} recordings of {test_set} are not found, {missing[0]} "
-            f"first; give --data_folder, the folder that holds {test_set}"
+            f"{len(missing)} of {len(ids)} recordings of {test_set or 'the test sets'} are not "
+            f"found, {missing[0]} first; give --data_folder, a folder that holds them"
         )
     return {i: str(Path(found[i]).absolute()) for i in ids}

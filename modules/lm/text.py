@@ -6,7 +6,9 @@ import zlib
 from pathlib import Path
 
 from modules.errors import UserError
+from modules.folders import files_below
 
+TRANSCRIPTS = (".trans.txt", ".trans.txt.gz")  # whose identifiers may be any word
 # <speaker>-<chapter>-<utterance> before a transcript.
 IDENTIFIER = re.compile(r"[^\s-]+-[^\s-]+-\d+(\s+|$)")
 
@@ -15,7 +17,8 @@ def read_sentences(paths, key):
     """Yield the sentences of files and folders, words one space apart, empty ones left out.
 
     A file has a sentence a line, or is all `<speaker>-<chapter>-<utterance> TRANSCRIPT` lines; it
-    may be gzipped. A folder is read for its `*.trans.txt`, or where there are none its `*.txt`.
+    may be gzipped. A folder is read for its `*.trans.txt`, whose ids may be any words, or where
+    there are none its `*.txt`.
     UserError, which names the option `key`, for what is missing, empty or no UTF-8.
     """
     for path in paths:
@@ -35,14 +38,15 @@ def files_of(path, key):
     if not path.is_dir():
         raise UserError(f"{key}={path} is neither file nor folder; give text, a sentence a line")
     for pattern in ("*.trans.txt", "*.txt"):
-        if found := sorted(path.rglob(pattern)):
+        if found := [p for p in files_below(path) if p.match(pattern)]:
             return found
     raise UserError(f"{key}={path} holds no *.trans.txt and no *.txt; give text, a sentence a line")
 
 
 def sentences_of(file, key):
-    """One file's sentences, without the transcripts' identifiers where all lines have one."""
-    identified = all(IDENTIFIER.match(line) for line in lines_of(file, key))
+    """One file's sentences, without the identifiers that lines of transcripts begin with."""
+    transcripts = file.name.endswith(TRANSCRIPTS)
+    identified = transcripts or all(IDENTIFIER.match(line) for line in lines_of(file, key))
     for line in lines_of(file, key):
         words = line.split()[1:] if identified else line.split()
         if words:

@@ -97,6 +97,12 @@ def test_transcripts_folders_and_gzip_are_read(tmp_path):
     (tmp_path / "1/2/notes.txt").write_text("not a transcript\n")
     with gzip.open(tmp_path / "more.gz", "wt") as file:
         file.write("\ufeffÉTÉ 1-2\n\n1-2-0000 stays where others have none\n")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/1").symlink_to(tmp_path / "1")
+    (tmp_path / "linked/1/2/u.trans.txt").write_text("u-1 D\nu_2 E\n")  # ids of one's own
+    for folder in (tmp_path, tmp_path / "linked"):
+        assert list(read_sentences([folder], "TEXT")) == ["A B", "C", "D", "E"]
+    (tmp_path / "1/2/u.trans.txt").unlink()
     found = list(read_sentences([tmp_path, tmp_path / "more.gz"], "TEXT"))
     assert found == ["A B", "C", "ÉTÉ 1-2", "1-2-0000 stays where others have none"]
 
