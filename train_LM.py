@@ -27,8 +27,9 @@ HELP = """Train a language model and its tokenizer.
 usage: python {script} HPARAMS.yaml --train_text "[FILE, ...]" --dev_text "[FILE, ...]"
        torchrun --nproc-per-node N {script} HPARAMS.yaml ...
 
-Texts: files with a sentence a line or with transcripts (<id> WORDS), plain or gzipped, and folders
-in LibriSpeech layout. Any top-level key of the YAML file can be given on the command line:
+Texts: files with a sentence a line or with transcripts (<id> WORDS), plain or gzipped, folders in
+LibriSpeech layout, and manifests of speech (.csv, .jsonl). Any top-level key of the YAML file can
+be given on the command line:
 
   python {script} {example} --train_text "[/data/LibriSpeech/train-clean-100]" \\
       --dev_text "[/data/LibriSpeech/dev-clean]" --token_type bpe --output_neurons 1000

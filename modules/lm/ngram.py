@@ -22,9 +22,9 @@ examples:
       --dev /data/LibriSpeech/dev-clean
   python -m modules.lm.ngram librispeech-lm-norm.txt.gz --order 4 --prune 0 0 1 --output 4-gram.bin
 
-TEXT: files with a sentence a line or with transcripts (<id> WORDS), plain or gzipped, and folders
-in LibriSpeech layout. The words must be written as the recogniser writes them: for the shipped CTC
-recipes in capital letters.
+TEXT: files with a sentence a line or with transcripts (<id> WORDS), plain or gzipped, folders in
+LibriSpeech layout, and manifests (.csv, .jsonl). The words must be written as the recogniser writes
+them: for the shipped CTC recipes in capital letters.
 
 KenLM's lmplz is used where it is on PATH. It is no part of the pip package: build it from KenLM's
 sources with CMake. Without it the same estimate (interpolated modified Kneser-Ney) is made in

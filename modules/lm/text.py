@@ -5,9 +5,11 @@ import re
 import zlib
 from pathlib import Path
 
+from modules.corpus.manifest import ManifestSource
 from modules.errors import UserError
 from modules.folders import files_below
 
+MANIFESTS = (".csv", ".jsonl")
 TRANSCRIPTS = (".trans.txt", ".trans.txt.gz")  # whose identifiers may be any word
 # <speaker>-<chapter>-<utterance> before a transcript.
 IDENTIFIER = re.compile(r"[^\s-]+-[^\s-]+-\d+(\s+|$)")
@@ -18,7 +20,7 @@ def read_sentences(paths, key):
 
     A file has a sentence a line, or is all `<speaker>-<chapter>-<utterance> TRANSCRIPT` lines; it
     may be gzipped. A folder is read for its `*.trans.txt`, whose ids may be any words, or where
-    there are none its `*.txt`.
+    there are none its `*.txt`. Of a manifest, `.csv` or `.jsonl`, the transcripts are read.
     UserError, which names the option `key`, for what is missing, empty or no UTF-8.
     """
     for path in paths:
@@ -45,12 +47,26 @@ def files_of(path, key):
 
 def sentences_of(file, key):
     """One file's sentences, without the identifiers that lines of transcripts begin with."""
+    if file.suffix in MANIFESTS:
+        yield from sentences_of_manifest(file, key)
+        return
     transcripts = file.name.endswith(TRANSCRIPTS)
     identified = transcripts or all(IDENTIFIER.match(line) for line in lines_of(file, key))
     for line in lines_of(file, key):
         words = line.split()[1:] if identified else line.split()
         if words:
             yield " ".join(words)
+
+
+def sentences_of_manifest(file, key):
+    """The transcripts of a manifest of speech."""
+    manifest = ManifestSource(file)
+    if manifest.faults:
+        fault = manifest.faults[0]
+        raise UserError(f"{key}={file}, {fault.where}: {fault.detail}; mend or delete that row")
+    for utterance, _ in manifest.rows:
+        if utterance.text:
+            yield utterance.text
 
 
 def lines_of(file, key):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from modules.errors import UserError
 from modules.lm import ngram
 from modules.lm.arpa import Arpa, write_arpa
 from modules.lm.kneser_ney import BOS, EOS, UNKNOWN, adjusted_counts, estimate
@@ -105,6 +106,18 @@ def test_transcripts_folders_and_gzip_are_read(tmp_path):
     (tmp_path / "1/2/u.trans.txt").unlink()
     found = list(read_sentences([tmp_path, tmp_path / "more.gz"], "TEXT"))
     assert found == ["A B", "C", "ÉTÉ 1-2", "1-2-0000 stays where others have none"]
+
+
+def test_manifests_are_read_for_their_transcripts(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        'ID,duration,wav,spk_id,wrd\n1,2.0,no.wav,x,A  B\n2,1,b,x,"C"\n'
+    )
+    (tmp_path / "a.jsonl").write_text('{"audio_filepath": "a.flac", "text": "D E"}\n')
+    found = list(read_sentences([tmp_path / "a.csv", tmp_path / "a.jsonl"], "TEXT"))
+    assert found == ["A B", "C", "D E"]
+    (tmp_path / "bad.csv").write_text("ID,wav,wrd\n1,a.wav\n")
+    with pytest.raises(UserError, match=r"TEXT=.*bad.csv, .*:2: 2 fields.* delete that row"):
+        list(read_sentences([tmp_path / "bad.csv"], "TEXT"))
 
 
 def test_mistakes_are_told(text, tmp_path, capsys, monkeypatch):
