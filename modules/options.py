@@ -133,6 +133,8 @@ def pair(words, known):
             pairs.append((name, [value] if equals else []))
         elif pairs and takes_value(*pairs[-1]):
             pairs[-1][1].append(word)
+        elif pairs and RUN_OPTIONS.get(pairs[-1][0]) is False:
+            raise UserError(f"--{pairs[-1][0]} is a switch and takes no value; leave {word} out")
         else:
             raise UserError(f"unexpected {word!r}; options look like --key value")
     for name, values in pairs:

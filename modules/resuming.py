@@ -142,6 +142,12 @@ class ResumingBrain(HalvingBrain):
             start = newest(self.found_checkpoints())
             logger.info("Starting from %s", start.path)
             self.checkpointer.load_checkpoint(start)
+        elif self.hparams.resume:
+            logger.info(
+                "%s holds checkpoints of its own: resume=%s is not used",
+                self.checkpointer.checkpoints_dir,
+                self.hparams.resume,
+            )
         self.check_space()
 
     def on_stage_start(self, stage, epoch=None):

@@ -104,6 +104,7 @@ def test_a_file_that_is_no_recipe(capfd, monkeypatch, tmp_path, text, key):
         (["16"], "unexpected '16'; options look like --key value"),
         (["--d_model"], "--d_model needs a value"),
         (["--d_model", "--seed", "1"], "--d_model needs a value"),
+        (["--debug", "True"], "--debug is a switch and takes no value; leave True out"),
         (["--noprogressbar=1"], "--noprogressbar is a switch and takes no value"),
         (["--d_model", "small"], "d_model='small' must be a number, as its default 80"),
         (["--d_model", "16.5"], "d_model=16.5 must be a whole number"),

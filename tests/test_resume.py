@@ -115,6 +115,7 @@ def test_resume_from_another_folder(straight, tmp_path, place):
 def test_resume_goes_on_with_its_own_checkpoints_once_there_are_some(straight, tmp_path):
     for epochs in (3, 4):
         runs.train(CTC, tmp_path, number_of_epochs=epochs, resume=straight, **runs.PLAIN)
+    assert f"of its own: resume={straight} is not used" in (tmp_path / "log.txt").read_text()
     assert [line["epoch"] for line in runs.log_lines(tmp_path)] == [3, 4]
 
 
