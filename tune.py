@@ -21,6 +21,7 @@ from modules.language_model import check_units, load_language_model
 from modules.recipe import script_of
 from modules.search import CTCSearch
 from modules.tensors import load_tensors
+from modules.tokenizer import SubwordTokenizer
 from modules.waveforms import Batch, Unread, read_audio
 
 RECIPES = {"train_CTC.py": train_CTC, "train_S2S.py": train_S2S}
@@ -110,7 +111,7 @@ def load(arguments):
     if (script := script_of(hparams)) not in RECIPES:
         raise UserError(f"{run} is a run of {script}; give one of {' or '.join(RECIPES)}")
     recipe = RECIPES[script]
-    if recipe is train_S2S:
+    if isinstance(hparams["tokenizer"], SubwordTokenizer):
         hparams["tokenizer"].load(Path(hparams["save_folder"]) / "tokenizer.model")
     brain = recipe.ASR(hparams, run_opts)
     brain.on_evaluate_start()

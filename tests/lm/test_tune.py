@@ -79,6 +79,17 @@ def test_s2s_weights(tmp_path):
         call(run, "--device", "cpu", "--lm", tmp_path / "lm", *options)
 
 
+def test_a_ctc_run_over_words(arpa, tmp_path):
+    """Its tokenizer is loaded, and the test stage hears the same with an n-gram."""
+    options = {"number_of_epochs": 1, "test_splits": "[dev]", "kenlm_model_path": arpa}
+    options |= {"no_lm": False, "lm_weight": 1, "word_bonus": 0, "token_prune_min_logp": -6}
+    runs.train("CTC/conmamba_digits_tiny.yaml", tmp_path, total_steps=11, **options)
+    weights = ["--lm_weight", "1", "--word_bonus", "0"]
+    *_, with_lm = rows(call(tmp_path, "--device", "cpu", "--lm", arpa, *weights))
+    first = (tmp_path / "wer_dev.txt").read_text().split()
+    assert float(first[1]) == pytest.approx(with_lm[2], abs=0.006)
+
+
 def test_utterances_are_evenly_spread():
     assert tune.spread(list(range(10)), 4) == [0, 2, 5, 7]
     assert tune.spread(list(range(10)), 6) == [0, 1, 3, 5, 6, 8]
