@@ -2,6 +2,7 @@
 """Search the weights of a language model on the development set: python tune.py RUN --lm PATH"""
 
 import argparse
+import hashlib
 import itertools
 import sys
 from pathlib import Path
@@ -156,7 +157,7 @@ def split_names(arguments, hparams):
 
 
 def encoded(arguments, brain):
-    """{"x": [log-probabilities or memory (T, ...)], "texts": [...]} on the CPU."""
+    """{"x": [log-probabilities or memory (T, ...)], "texts": [...], ...} on the CPU."""
     hparams = brain.hparams
     names = split_names(arguments, hparams)
     if arguments.encoded:
@@ -167,7 +168,7 @@ def encoded(arguments, brain):
         rows += dataset.data.values()
     rows = spread(rows, arguments.utterances)
     rows.sort(key=lambda row: float(row["duration"]))
-    found = {"x": [], "texts": [], "joint": hasattr(hparams, "decoder")}
+    found = {"x": [], "texts": [], "joint": hasattr(hparams, "decoder"), "head": head(brain)}
     size = hparams.test_batch_size
     for start in progress(range(0, len(rows), size), "encoding"):
         encode(rows[start : start + size], brain, found)
@@ -177,6 +178,11 @@ def encoded(arguments, brain):
             f"{arguments.run} say; bring the audio back there"
         )
     return found
+
+
+def head(brain):
+    """A digest of the CTC head's weights: whose encodings these are."""
+    return hashlib.sha256(brain.modules.ctc_head.weight.detach().cpu().numpy()).hexdigest()
 
 
 def spread(rows, number):
@@ -211,13 +217,18 @@ def read_encoded(path, brain):
     if not Path(path).is_file():
         raise UserError(f"--encoded {path} is no file; --save writes one")
     found = load_tensors(path)
-    if not isinstance(found, dict) or found.keys() != {"x", "texts", "joint"}:
+    if not isinstance(found, dict) or found.keys() != {"x", "texts", "joint", "head"}:
         raise UserError(f"--encoded {path} is not what --save writes")
     if found["joint"] != hasattr(brain.hparams, "decoder"):
         raise UserError(f"--encoded {path} is of another kind of model than the run")
     width = brain.modules.ctc_head.weight.shape[0 if not found["joint"] else 1]
     if any(x.shape[-1] != width for x in found["x"]):
         raise UserError(f"--encoded {path} is of a model of another size than the run's")
+    if found["head"] != head(brain):
+        raise UserError(
+            f"--encoded {path} is of other weights than {brain.hparams.output_folder} has now; "
+            "write it again with --save"
+        )
     return found
 
 

@@ -111,6 +111,7 @@ def test_utterances_are_evenly_spread():
         (["RUN", "--lm", "ARPA", "--encoded", "no.pt"], "no.pt is no file"),
         (["RUN", "--lm", "ARPA", "--encoded", "BAD"], "is not what --save writes"),
         (["RUN", "--lm", "ARPA", "--encoded", "WIDE"], "of a model of another size"),
+        (["RUN", "--lm", "ARPA", "--encoded", "OTHER"], "of other weights than .* has now"),
         (["RUN", "--lm", "ARPA", "--save", "/no/such/dev.pt"], "there is no such folder"),
         (["RUN", "--lm", "ARPA", "--utterances", "0"], "--utterances 0 must be at least 1"),
         (["RUN"], "give --lm"),
@@ -118,8 +119,9 @@ def test_utterances_are_evenly_spread():
 )
 def test_mistakes_are_told(arpa, tmp_path, arguments, message):
     torch.save({"x": []}, tmp_path / "bad.pt")
-    wide = {"x": [torch.zeros(3, 99)], "texts": ["CAB"], "joint": False}
-    torch.save(wide, tmp_path / "wide.pt")
+    other = {"x": [torch.zeros(3, 31)], "texts": ["CAB"], "joint": False, "head": "another"}
+    torch.save(other, tmp_path / "other.pt")
+    torch.save(other | {"x": [torch.zeros(3, 99)]}, tmp_path / "wide.pt")
     run = tmp_path / "run"
     shutil.copytree(trained("ctc")[0], run)
     manifest = (run / "dev.csv").read_text()
@@ -127,6 +129,6 @@ def test_mistakes_are_told(arpa, tmp_path, arguments, message):
     (tmp_path / "lm").mkdir()
     shutil.copyfile(runs.ROOT / "hparams/LM/mamba.yaml", tmp_path / "lm/hyperparams.yaml")
     places = {"LM": tmp_path / "lm", "RUN": run, "ARPA": arpa, "BAD": tmp_path / "bad.pt"}
-    places["WIDE"] = tmp_path / "wide.pt"
+    places |= {"WIDE": tmp_path / "wide.pt", "OTHER": tmp_path / "other.pt"}
     with pytest.raises(UserError, match=message):
         call(*[places.get(a, a) for a in arguments])
