@@ -1,6 +1,7 @@
 """Pretrained tokenizers and language models, from a local folder or the hub."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from modules.lm.mamba_lm import MambaLM
 from modules.tensors import load_tensors
 from modules.whole import whole
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 DESCRIPTION = "lm.json"  # beside lm.ckpt: {"new": class, argument: value, ...}
 # What a description may name, and nothing else.
 CLASSES = {
@@ -35,8 +37,23 @@ PUBLISHED = {
 }
 
 
+def check_source(source):
+    """UserError for what is neither a folder here nor a name on the hub, such as a mistyped path.
+
+    A first part that is a folder here is never asked for elsewhere (as in `inference.hub`).
+    """
+    if Path(source).is_dir():
+        return
+    if not HUB_NAME.fullmatch(source) or Path(source).parent.is_dir():
+        raise UserError(
+            f"pretrained_lm_tokenizer_path={source} is no folder; give one with tokenizer.ckpt, or "
+            "user/model of the Hugging Face hub"
+        )
+
+
 def fetch(source, filename, target):
     """Bring `filename` of a folder or hub repository to `target`; UserError when it cannot."""
+    check_source(source)
     if Path(source).is_dir():
         found = Path(source) / filename
         if not found.is_file():
@@ -90,6 +107,7 @@ def fetch_language_model(source, folder):
             "to a folder or hub repository with lm.ckpt, or --no_lm True"
         )
     source, folder = str(source), Path(folder)
+    check_source(source)
     local = Path(source).is_dir()
     if not local and (folder / "lm.ckpt").is_file():
         return

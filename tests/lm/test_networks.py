@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.language_models import models, search
 from modules.errors import UserError
-from modules.language_model import DESCRIPTION, load_language_model
+from modules.language_model import DESCRIPTION, fetch_language_model, load_language_model
 from modules.lm.mamba_lm import MambaLM
 from modules.search import JointBeamSearch
 from tests.search.parts import LAYERS, check_equal, make_memory, make_parts
@@ -113,3 +113,15 @@ def test_descriptions_that_do_not_fit(tmp_path, description, message):
     folder = write(tmp_path / "lm", description, make_mamba_lm())
     with pytest.raises(UserError, match=message):
         load_language_model(None, folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["results/nowhere", "results/LM/mamba/3402", "./someone", "nobody"]
+)
+def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch, name):
+    """Nor is the language model that an earlier command brought taken in its place."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "lm.ckpt").touch()
+    with pytest.raises(UserError, match=f"{name} is no folder; give one with tokenizer.ckpt"):
+        fetch_language_model(name, tmp_path)
