@@ -155,6 +155,11 @@ def change_search(config, folder, beam_size, lm, lm_weight):
                 "give the folder of a language model that train_LM.py made, or leave it out"
             )
         return
+    if lm is not None and Path(lm).is_dir():
+        raise UserError(
+            f"lm={lm}: this is a CTC model, whose search takes a word n-gram; give an .arpa or "
+            ".bin file (python -m modules.lm.ngram makes one)"
+        )
     if lm is None and "ngram" in config:
         lm = present(folder / NGRAM)
     if lm is not None:

@@ -258,6 +258,7 @@ def test_mistakes_are_told_before_work(ctc, s2s, folder, tmp_path, monkeypatch, 
         ("give 2 or more, or 0", a, "--model", ctc, "--chunk-seconds", 1),
         ("device='tpu' is unknown", a, "--model", ctc, "--device", "tpu"),
         ("no.arpa is no file", a, "--model", ctc, "--lm", tmp_path / "no.arpa"),
+        ("whose search takes a word n-gram", a, "--model", ctc, "--lm", tmp_path),
         ("n-gram goes with CTC models", a, "--model", s2s, "--lm", "a.arpa"),
     ):
         shown = call(monkeypatch, capsys, *arguments, status=2)
