@@ -1,12 +1,14 @@
 """What both training scripts do, in order: prepare, train, evaluate, sum up."""
 
 import inspect
+import os
 import shlex
 import sys
 import time
 from pathlib import Path
 
 import speechbrain as sb
+import torch
 from hyperpyyaml import resolve_references
 from speechbrain.utils.distributed import if_main_process
 
@@ -140,6 +142,16 @@ def origin(brain, minutes, continued):
     ]
     # Not when another program calls: its command line is not the recipe's.
     if Path(sys.argv[0]).name == Path(inspect.getfile(type(brain))).name:
-        words = ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
+        words = [*launcher(), Path(sys.argv[0]).name, *sys.argv[1:]]
         lines.insert(0, f"command      {shlex.join(words)}")
     return "\n".join(lines)
+
+
+def launcher():
+    """What started this process: python, or torchrun with as many processes."""
+    if not torch.distributed.is_initialized():
+        return ["python"]
+    number = torch.distributed.get_world_size()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", number))
+    nodes = ["--nnodes", str(number // here)] if number > here else []
+    return ["torchrun", *nodes, "--nproc-per-node", str(here)]

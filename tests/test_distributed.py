@@ -79,6 +79,8 @@ def test_two_processes_equal_one(one_process, tmp_path):
     # One rank tells.
     assert output.count("Going into epoch 1") == 1
     assert output.count("test set ") == 1
+    summary = (tmp_path / "summary.txt").read_text()
+    assert "\ncommand      torchrun --nproc-per-node 2 train_CTC.py " in summary
 
 
 @pytest.mark.gpu
