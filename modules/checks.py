@@ -20,6 +20,9 @@ SHARES = (
     "reverberation_probability"
 )
 
+RANGES = "noise_snr time_drop_length time_drop_count freq_drop_length freq_drop_count"
+TOKENS = {"blank_index": 0, "bos_index": 1, "eos_index": 2}  # of tokenizers and searches
+
 
 def check_values(values, run_opts):
     """Mistakes in plain values that would otherwise show only after hours, or not at all."""
@@ -29,9 +32,15 @@ def check_values(values, run_opts):
     for key in SHARES.split():
         if is_number(value := values.get(key, 0)) and not 0 <= value <= 1:
             raise UserError(f"{key}={value} must be from 0 to 1")
+    for key, index in TOKENS.items():
+        if values.get(key, index) != index:
+            raise UserError(
+                f"{key}={values[key]} must be {index}, as tokenizers and searches have it"
+            )
     if "views" in values:
         check_ctc_losses(values)
     check_augmentation(values)
+    check_window(values)
     for key in ("num_workers", "audio_cache_mb", "weight_decay"):
         if values.get(key, 0) < 0:
             raise UserError(f"{key}={values[key]} must be 0 or more")
@@ -79,14 +88,27 @@ def check_ctc_losses(values):
         )
 
 
+def check_window(values):
+    """UserError when the window has more samples than the Fourier transform."""
+    if not {"win_length", "sample_rate", "n_fft"} <= values.keys():
+        return
+    samples = round(values["win_length"] * values["sample_rate"] / 1000)
+    if samples > values["n_fft"]:
+        raise UserError(
+            f"win_length={values['win_length']} ms are {samples} samples, more than "
+            f"n_fft={values['n_fft']}; give an n_fft of at least that"
+        )
+
+
 def check_augmentation(values):
     """UserError for speeds and levels of noise that cannot be meant."""
     speeds = values.get("speeds", [100])
     if not speeds or not all(is_number(speed) and speed > 0 for speed in speeds):
         raise UserError(f"speeds={speeds} must be percentages, such as [95, 100, 105]; [100]: none")
-    low, high = (values.get(f"noise_snr_{end}", 0) for end in ("low", "high"))
-    if low > high:
-        raise UserError(f"noise_snr_low={low} is above noise_snr_high={high}; give the lower first")
+    for name in RANGES.split():
+        low, high = (values.get(f"{name}_{end}", 0) for end in ("low", "high"))
+        if low > high:
+            raise UserError(f"{name}_low={low} is above {name}_high={high}; give the lower first")
 
 
 def check_writable(key, folder):
