@@ -17,6 +17,7 @@ from modules.errors import UserError
 from modules.language_model import fetch
 from modules.launch import on_main
 from modules.mixing import MixedBatchSampler, read_mix, times_per_epoch
+from modules.options import top_level
 from modules.randomness import seeded
 from modules.shards import ShardDataset, load_shards, shard_batches
 from modules.waveforms import Batch, KeptAudio, Unread
@@ -26,7 +27,8 @@ from modules.whole import whole
 def prepare_manifests(hparams):
     """Write `<split>.csv` for every split, and the merged training manifest, on one process."""
     read_mix(hparams)  # its mistakes need not wait for the preparation
-    train_splits = () if hparams.get("train_shards") else hparams["train_splits"]
+    keeps_train = hparams.get("train_shards") or evaluates_elsewhere(hparams)
+    train_splits = () if keeps_train else hparams["train_splits"]
     on_main(
         prepare_librispeech,
         hparams["data_folder"],
@@ -43,6 +45,17 @@ def prepare_manifests(hparams):
         # CTC can spell no other; subword units are learnt from whatever there is.
         allowed_characters=hparams.get("alphabet"),
     )
+
+
+def evaluates_elsewhere(hparams):
+    """Whether a run is evaluated with other data than it learnt from: its train.csv stays."""
+    folder = Path(hparams["output_folder"])
+    learnt = folder / "hyperparams.yaml"
+    if not (hparams["skip_train"] and learnt.is_file() and (folder / "train.csv").is_file()):
+        return False
+    there = top_level(learnt)
+    places = [os.path.abspath(values["data_folder"]) for values in (there, hparams)]
+    return places[0] != places[1] or list(there["train_splits"]) != list(hparams["train_splits"])
 
 
 def load_manifest(path, hparams):

@@ -1,6 +1,7 @@
 """Stopping, killing and continuing runs; checkpoints that are found, kept and averaged."""
 
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -241,3 +242,16 @@ def test_old_checkpoints_go_and_the_best_and_newest_stay(tmp_path):
     runs.fit(brain, train, valid)
     kept = {c.meta["epoch"] for c in resumable(tmp_path)}
     assert kept == {2, 3, 5, 6}
+
+
+def test_evaluated_with_other_data_the_run_keeps_its_own(straight, tmp_path):
+    """Which need not be there."""
+    folder = shutil.copytree(straight, tmp_path / "run")
+    for split in ("dev", "test-a"):
+        shutil.copytree(runs.corpus() / split, tmp_path / "data" / split)
+    (tmp_path / "data/test-a").rename(tmp_path / "data/other")
+    options = {"skip_train": True, "test_splits": "[other]", **runs.PLAIN}
+    printed = runs.train(CTC, folder, data_folder=tmp_path / "data", **options)
+    assert "2 epochs, 10 steps" in printed and "\nother " in printed
+    for name in ("train.csv", "hyperparams.yaml"):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
