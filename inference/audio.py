@@ -81,7 +81,8 @@ class Resampler:
     """Blocks of sound at `rate` as they come -> the same sound at `target_rate`.
 
     Each block is resampled with what stands before and after it, as far as the filter reaches. The
-    ratio is one of numbers up to 1000: exact for all usual rates, else wrong by a few millionths.
+    ratio is one of numbers up to 1000: exact for all usual rates, wrong by 0.05 % at most (from
+    16,001 Hz to 16,000 by 0.006 %).
     """
 
     def __init__(self, rate, target_rate, seconds=BLOCK):
