@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
@@ -139,6 +140,11 @@ def load(arguments):
         if arguments.lm is not None:
             raise UserError(f"--lm {arguments.lm}: give the package as --model, not a file .onnx")
         return OnnxRecognizer.from_file(arguments.model, arguments.beam)
+    if find_spec("torch") is None:
+        raise UserError(
+            f"--model {arguments.model}: a package needs PyTorch, which is not installed; `pip "
+            "install -r requirements.txt`, or give a file .onnx of it (export.py)"
+        )
     from inference import Recognizer
 
     return Recognizer.from_folder(

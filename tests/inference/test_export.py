@@ -214,6 +214,9 @@ def test_it_hears_without_pytorch(whole, step, recordings):
         assert (done.returncode, done.stderr) == (0, "")
         found = [json.loads(line) for line in done.stdout.splitlines()]
         assert [f["text"] for f in found] == SENTENCES[:1] * 2
+    done = hear(sys.executable, recordings, "--model", recordings)
+    assert done.returncode == 2 and "a package needs PyTorch, which is not" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("command", HEAR)
