@@ -83,6 +83,7 @@ CASES = [  # frames, channels, states, reverse, lengths, softplus, what is left 
     (3, 70, 16, False, True, True, ("z", "initial_state")),
     (7, 40, 4, True, True, True, ("dt_bias",)),
     (8, 32, 16, False, False, True, ("D", "z")),
+    (5, 33, 8, True, True, True, ("D",)),
     (9, 31, 1, False, True, True, ("initial_state",)),
     (17, 31, 5, True, True, True, ("D", "z", "dt_bias", "initial_state")),
     (33, 20, 16, False, True, False, ()),

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from modules.ops.selective_scan.triton_kernels import (
     CHANNELS,
-    load_row,
+    load_frame,
     load_states,
     pair,
     parameter,
@@ -27,30 +27,42 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def halve(values, WIDTH: tl.constexpr):
-    """2 WIDTH vectors -> WIDTH: a lane keeps its half of them, and adds its partner's share."""
+def halve(values, WIDTH: tl.constexpr, BIT: tl.constexpr, ORDERED: tl.constexpr):
+    """2 WIDTH vectors -> WIDTH: a lane keeps its half of them, and adds its partner's share.
+
+    The bit BIT of a lane's number says which half is its own; if they are ORDERED, it is the first.
+    """
     lane = tl.arange(0, CHANNELS)
-    upper = (lane & WIDTH) != 0
+    upper = (lane & BIT) != 0
     half = ()
     for i in tl.static_range(WIDTH):
-        kept = tl.where(upper, values[i + WIDTH], values[i])
-        given = tl.where(upper, values[i], values[i + WIDTH])
-        half = half + (kept + tl.gather(given, lane ^ WIDTH, 0),)
+        if ORDERED:
+            kept, given = values[i], values[i + WIDTH]
+        else:
+            kept = tl.where(upper, values[i + WIDTH], values[i])
+            given = tl.where(upper, values[i], values[i + WIDTH])
+        half = half + (kept + tl.gather(given, lane ^ BIT, 0),)
     return half
 
 
 @triton.jit
-def sums_over_channels(values):
-    """32 vectors -> one, whose i-th lane holds the sum of the i-th: in 31 shuffles, not 160."""
-    return halve(halve(halve(halve(halve(values, 16), 8), 4), 2), 1)[0]
+def sum_over_channels(values, BITS: tl.constexpr):
+    """16 vectors -> one: lanes 2 n and 2 n + 1 hold half of the n-th's sum each, in 15 shuffles.
+
+    BITS: those in which the order of a lane's vectors follows its number.
+    """
+    values = halve(values, 8, 16, (BITS & 8) != 0)
+    values = halve(values, 4, 8, (BITS & 4) != 0)
+    values = halve(values, 2, 4, (BITS & 2) != 0)
+    return halve(values, 1, 2, False)
 
 
 @triton.jit
-def advance(h, decay, dt_u, row, N: tl.constexpr, PACKED: tl.constexpr):
+def advance(h, decay, dt_u, row, order, N: tl.constexpr, PACKED: tl.constexpr):
     """The states one frame on."""
     new = ()
     for n in tl.static_range(0, N, 2):
-        B_even, B_odd = pair(row, n, PACKED)
+        B_even, B_odd = pair(row, 0, n, order, PACKED)
         new = new + (decay[n] * h[n] + dt_u * B_even,)
         if n + 1 < N:
             new = new + (decay[n + 1] * h[n + 1] + dt_u * B_odd,)
@@ -86,7 +98,10 @@ def backward_kernel(
     d_mask = d < channels
     d_read = tl.minimum(d, channels - 1)
 
-    A_n = load_states(A + group * N * channels, channels, d_read, N)
+    # Place n has state n ^ order, another one in every lane: so sums over lanes want no choices.
+    BITS: tl.constexpr = N - 2 if N == 16 or N == 8 or N == 4 else 0
+    order = (lane >> 1) & BITS
+    A_n = load_states(A + group * N * channels, channels, d_read, order, N)
     skip = parameter(D, group, channels, d_read)
     bias = parameter(dt_bias, group, channels, d_read)
     dD_sum = tl.zeros([CHANNELS], tl.float32)
@@ -99,7 +114,7 @@ def backward_kernel(
         if dfinal is None:
             message = message + (none,)
         else:
-            last = dfinal + (piece * N + n) * channels + d
+            last = dfinal + (piece * N + (n ^ order)) * channels + d
             message = message + (tl.load(last, mask=d_mask, other=0.0),)
 
     u += group * u_g + b * u_b + begin * u_t + d_read
@@ -112,7 +127,9 @@ def backward_kernel(
         z += group * z_g + b * z_b + begin * z_t + d_read
         dz += (scan * frames + begin) * channels + d
     blocks = tl.num_programs(0)
-    dBC += ((scan * blocks + tl.program_id(0)) * frames + begin) * 2 * N + lane
+    dBC += ((scan * blocks + tl.program_id(0)) * frames + begin) * 2 * N
+    dBC += (lane & 1) * N + (lane >> 1)  # the sum that a lane comes to hold
+    in_row = (lane >> 1) < N
     scratch += (piece * blocks + tl.program_id(0)) * (SEGMENT // CHUNK - 1) * N * CHANNELS
     starts += piece * tl.cdiv(piece_frames, SEGMENT) * N * channels
 
@@ -122,34 +139,27 @@ def backward_kernel(
         chunks = tl.cdiv(tl.minimum(length - first, SEGMENT), CHUNK)
 
         # Forward to the last chunk.
-        h = load_states(starts + (segments - 1 - s) * N * channels, channels, d_read, N)
+        h = load_states(starts + (segments - 1 - s) * N * channels, channels, d_read, order, N)
         rows = ()
         for i in tl.static_range(CHUNK):
             t = position(first + i, length, reverse)
-            rows = rows + (
-                (tl.load(u + t * u_t), tl.load(dt + t * dt_t), load_row(BC, t, N, PACKED)),
-            )
+            rows = rows + (load_frame(u, dt, None, BC, t, u_t, dt_t, 0, N, PACKED),)
         for c in range(0, chunks - 1):
-            store_states(scratch + c * N * CHANNELS, h, CHANNELS, lane, lane >= 0, N)
+            store_states(scratch + c * N * CHANNELS, h, CHANNELS, lane, 0, lane >= 0, N)
             for i in tl.static_range(CHUNK):
-                row_u, row_dt, row = rows[0]
+                row_u, row_dt, _gate, row = rows[0]
                 step, _slope = step_size(row_dt, bias, SOFTPLUS)
                 decay = decays_of(step, A_n, N)
-                h = advance(h, decay, step * row_u.to(tl.float32), row, N, PACKED)
+                h = advance(h, decay, step * row_u.to(tl.float32), row, order, N, PACKED)
                 t = position(first + (c + 1) * CHUNK + i, length, reverse)
-                rows = rows[1:] + (
-                    (tl.load(u + t * u_t), tl.load(dt + t * dt_t), load_row(BC, t, N, PACKED)),
-                )
+                rows = rows[1:] + (load_frame(u, dt, None, BC, t, u_t, dt_t, 0, N, PACKED),)
 
         # Backward from there.
         rows = ()
         for i in tl.static_range(CHUNK):
             t = position(first + (chunks - 1) * CHUNK + i, length, reverse)
-            gate = 0.0 if z is None else tl.load(z + t * z_t)
-            rows = rows + (
-                (tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, tl.load(dy + t * dy_t),
-                 load_row(BC, t, N, PACKED)),
-            )  # fmt: skip
+            frame = load_frame(u, dt, z, BC, t, u_t, dt_t, z_t, N, PACKED)
+            rows = rows + (frame + (tl.load(dy + t * dy_t),),)
         start = h
         for j in range(0, chunks):
             c = chunks - 1 - j
@@ -163,7 +173,9 @@ def backward_kernel(
                 step = tl.where(k + i < length, step, 0.0)
                 dt_u = step * rows[i][0].to(tl.float32)
                 decays = decays + (decays_of(step, A_n, N),)
-                states = states + (advance(states[i], decays[i], dt_u, rows[i][4], N, PACKED),)
+                states = states + (
+                    advance(states[i], decays[i], dt_u, rows[i][3], order, N, PACKED),
+                )
                 steps = steps + (step,)
                 slopes = slopes + (slope,)
 
@@ -171,15 +183,15 @@ def backward_kernel(
             for i in tl.static_range(CHUNK - 1, -1, -1):
                 valid = k + i < length
                 t = position(k + i, length, reverse)
-                row = rows[i][4]
+                row = rows[i][3]
                 u_k = rows[i][0].to(tl.float32)
                 # A thread beyond the channels adds nothing to the sums over them.
-                dy_k = tl.where(valid & d_mask, rows[i][3].to(tl.float32), 0.0)
+                dy_k = tl.where(valid & d_mask, rows[i][4].to(tl.float32), 0.0)
                 if z is not None:
                     silu, silu_slope = silu_and_slope(rows[i][2])
                     y_k = skip * u_k
                     for n in tl.static_range(0, N, 2):
-                        C_even, C_odd = pair(row, N + n, PACKED)
+                        C_even, C_odd = pair(row, N, n, order, PACKED)
                         y_k += states[i + 1][n] * C_even
                         if n + 1 < N:
                             y_k += states[i + 1][n + 1] * C_odd
@@ -196,8 +208,8 @@ def backward_kernel(
                 new_dA = ()
                 for n in tl.static_range(N):
                     if n % 2 == 0:
-                        B_k, B_next = pair(row, n, PACKED)
-                        C_k, C_next = pair(row, N + n, PACKED)
+                        B_k, B_next = pair(row, 0, n, order, PACKED)
+                        C_k, C_next = pair(row, N, n, order, PACKED)
                     else:
                         B_k, C_k = B_next, C_next
                     dh = message[n] + dy_k * C_k
@@ -211,11 +223,11 @@ def backward_kernel(
                     dC = dC + (states[i + 1][n] * dy_k,)
                 message = new
                 dA_n = new_dA
-                shares = dB + dC
-                for _n in tl.static_range(CHANNELS - 2 * N):
-                    shares = shares + (none,)
-                in_row = valid & (lane < 2 * N)
-                tl.store(dBC + t * 2 * N, sums_over_channels(shares), mask=in_row)
+                for _n in tl.static_range(16 - N):
+                    dB = dB + (none,)
+                    dC = dC + (none,)
+                shares = sum_over_channels(dB, BITS) + sum_over_channels(dC, BITS)
+                tl.store(dBC + t * 2 * N, halve(shares, 1, 1, False)[0], mask=valid & in_row)
 
                 # A is log2(e) times itself; ln(2) takes that back.
                 ddt_k = tl.where(valid, (dlog_A * LN2 + ddt_u * u_k) * slopes[i], 0.0)
@@ -225,15 +237,16 @@ def backward_kernel(
                 tl.store(du + t * channels, du_k.to(du.dtype.element_ty), mask=d_mask & valid)
                 tl.store(ddt + t * channels, ddt_k.to(ddt.dtype.element_ty), mask=d_mask & valid)
 
-                t = position(k - CHUNK + i, length, reverse)
-                gate = 0.0 if z is None else tl.load(z + t * z_t)
-                ahead = (
-                    (tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, tl.load(dy + t * dy_t),
-                     load_row(BC, t, N, PACKED)),
-                ) + ahead  # fmt: skip
-                if i == CHUNK // 2 - 1:
+                # Early, while the registers are free that the last frame had, and all at once: a
+                # wait for one load is a wait for those asked for after it, too.
+                if i == CHUNK - 1:
+                    for m in tl.static_range(CHUNK):
+                        t = position(k - CHUNK + m, length, reverse)
+                        frame = load_frame(u, dt, z, BC, t, u_t, dt_t, z_t, N, PACKED)
+                        ahead = ahead + (frame + (tl.load(dy + t * dy_t),),)
+                if i == CHUNK - 2:
                     at = scratch + tl.maximum(c - 1, 0) * N * CHANNELS
-                    start = load_states(at, CHANNELS, lane, N)
+                    start = load_states(at, CHANNELS, lane, 0, N)
             rows = ahead
 
     for t in range(length, own_frames):
@@ -241,8 +254,9 @@ def backward_kernel(
         tl.store(ddt + t * channels, none.to(ddt.dtype.element_ty), mask=d_mask)
         if z is not None:
             tl.store(dz + t * channels, none.to(dz.dtype.element_ty), mask=d_mask)
-        tl.store(dBC + t * 2 * N, none, mask=lane < 2 * N)
+        tl.store(dBC + t * 2 * N, none, mask=in_row)
     dparameters += piece * (N + 2) * channels
-    store_states(dparameters, dA_n + (dD_sum, ddt_sum), channels, d, d_mask, N + 2)
+    store_states(dparameters, dA_n, channels, d, order, d_mask, N)
+    store_states(dparameters + N * channels, (dD_sum, ddt_sum), channels, d, 0, d_mask, 2)
     if dinitial is not None:
-        store_states(dinitial + piece * N * channels, message, channels, d, d_mask, N)
+        store_states(dinitial + piece * N * channels, message, channels, d, order, d_mask, N)

@@ -102,18 +102,18 @@ def parameter(p, group, channels, d):
 
 
 @triton.jit
-def load_states(p, channels, d, N: tl.constexpr):
-    """(N, D) at channels d -> a vector a state."""
+def load_states(p, channels, d, order, N: tl.constexpr):
+    """(N, D) at channels d -> a vector a state; place n has number n ^ order (0: in order)."""
     states = ()
     for n in tl.static_range(N):
-        states = states + (tl.load(p + n * channels + d),)
+        states = states + (tl.load(p + (n ^ order) * channels + d),)
     return states
 
 
 @triton.jit
-def store_states(p, states, channels, d, d_mask, N: tl.constexpr):
+def store_states(p, states, channels, d, order, d_mask, N: tl.constexpr):
     for n in tl.static_range(N):
-        tl.store(p + n * channels + d, states[n], mask=d_mask)
+        tl.store(p + (n ^ order) * channels + d, states[n], mask=d_mask)
 
 
 @triton.jit
@@ -129,19 +129,20 @@ def load_row(BC, t, N: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def pair(row, i, PACKED: tl.constexpr):
-    """Numbers i and i + 1 of a row, for every lane; of bfloat16 in one shuffle (i even).
+def pair(row, first, n, order, PACKED: tl.constexpr):
+    """B (first = 0) or C (first = N) at places n and n + 1, n even; of bfloat16 in one shuffle.
 
     Shuffles share their way to the registers with exponentials, and there is where time goes.
     """
+    place = tl.full([CHANNELS], n, tl.int32) ^ order
     if PACKED:
-        word = tl.gather(row, tl.full([CHANNELS], i // 2, tl.int32), 0)
-        first = (word << 16).to(tl.float32, bitcast=True)
-        second = (word & -65536).to(tl.float32, bitcast=True)
+        word = tl.gather(row, first // 2 + place // 2, 0)
+        even = (word << 16).to(tl.float32, bitcast=True)
+        odd = (word & -65536).to(tl.float32, bitcast=True)
     else:
-        first = tl.gather(row, tl.full([CHANNELS], i, tl.int32), 0)
-        second = tl.gather(row, tl.full([CHANNELS], i + 1, tl.int32), 0)
-    return first, second
+        even = tl.gather(row, first + place, 0)
+        odd = tl.gather(row, first + place + 1, 0)
+    return even, odd
 
 
 @triton.jit
@@ -173,7 +174,7 @@ def forward_kernel(
     d_mask = d < channels
     d_read = tl.minimum(d, channels - 1)  # loads without a mask; what it says too much, none stores
 
-    A_n = load_states(A + group * N * channels, channels, d_read, N)
+    A_n = load_states(A + group * N * channels, channels, d_read, 0, N)
     skip = parameter(D, group, channels, d_read)
     bias = parameter(dt_bias, group, channels, d_read)
     if initial is None:
@@ -181,7 +182,7 @@ def forward_kernel(
         for _n in tl.static_range(N):
             h = h + (tl.zeros([CHANNELS], tl.float32),)
     else:
-        h = load_states(initial + piece * N * channels, channels, d_read, N)
+        h = load_states(initial + piece * N * channels, channels, d_read, 0, N)
     u += group * u_g + b * u_b + first * u_t + d_read
     dt += group * dt_g + b * dt_b + first * dt_t + d_read
     if z is not None:
@@ -201,7 +202,7 @@ def forward_kernel(
         for k in range(0, length, CHUNK):
             if starts is not None:  # noqa: SIM102 - one is known when compiling
                 if k % SEGMENT == 0:
-                    store_states(starts, h, channels, d, d_mask, N)
+                    store_states(starts, h, channels, d, 0, d_mask, N)
                     starts += N * channels
             # All at once: a wait for one load is a wait for those asked for after it, too.
             ahead = ()
@@ -219,12 +220,12 @@ def forward_kernel(
                 y_even = skip * u_k  # two sums: half the wait for each other
                 y_odd = tl.zeros([CHANNELS], tl.float32)
                 for n in tl.static_range(0, N, 2):
-                    B_even, B_odd = pair(row, n, PACKED)
+                    B_even, B_odd = pair(row, 0, n, 0, PACKED)
                     new = new + (tl.exp2(step * A_n[n]) * h[n] + dt_u * B_even,)
                     if n + 1 < N:
                         new = new + (tl.exp2(step * A_n[n + 1]) * h[n + 1] + dt_u * B_odd,)
                     if y is not None:
-                        C_even, C_odd = pair(row, N + n, PACKED)
+                        C_even, C_odd = pair(row, N, n, 0, PACKED)
                         y_even += new[n] * C_even
                         if n + 1 < N:
                             y_odd += new[n + 1] * C_odd
@@ -245,4 +246,4 @@ def forward_kernel(
             tl.store(y + t * channels, zero, mask=d_mask)
     if total is not None:
         tl.store(total + piece * channels + d, steps, mask=d_mask)
-    store_states(final + piece * N * channels, h, channels, d, d_mask, N)
+    store_states(final + piece * N * channels, h, channels, d, 0, d_mask, N)

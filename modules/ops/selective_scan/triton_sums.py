@@ -83,7 +83,7 @@ def message_kernel(
     )
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     d_read = tl.minimum(d, channels - 1)
-    A_n = load_states(A + group * N * channels, channels, d_read, N)
+    A_n = load_states(A + group * N * channels, channels, d_read, 0, N)
     bias = parameter(dt_bias, group, channels, d_read)
     dt += group * dt_g + b * dt_b + first * dt_t + d_read
     dy += group * dy_g + b * dy_b + first * dy_t + d_read
@@ -114,7 +114,7 @@ def message_kernel(
                 dy_k = tl.where(valid, dy_k, 0.0)
                 new = ()
                 for n in tl.static_range(0, N, 2):
-                    C_even, C_odd = pair(row, N + n, PACKED)
+                    C_even, C_odd = pair(row, N, n, 0, PACKED)
                     new = new + (tl.exp2(step * A_n[n]) * (message[n] + dy_k * C_even),)
                     if n + 1 < N:
                         dh = message[n + 1] + dy_k * C_odd
@@ -130,4 +130,4 @@ def message_kernel(
                         load_row(BC, t, N, PACKED),
                     ),
                 )
-    store_states(before + piece * N * channels, message, channels, d, d < channels, N)
+    store_states(before + piece * N * channels, message, channels, d, 0, d < channels, N)
