@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from inference.export import TARGETS, export, not_exported
-from modules.errors import UserError
+from modules.command import plain_errors
 
 EXAMPLES = """
 examples:
@@ -60,7 +60,7 @@ def main():
     arguments = parser.parse_args()
     if sys.stderr.isatty():
         print("exporting and checking; a large model takes minutes", file=sys.stderr)
-    try:
+    with plain_errors("interrupted; nothing is written", "nothing is written"):
         path, parity = export(
             arguments.model,
             arguments.to,
@@ -70,13 +70,7 @@ def main():
             arguments.overwrite,
         )
         left = not_exported(arguments.model)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing is written", file=sys.stderr)
-        sys.exit(130)
-    print(f"wrote {path}, {size(path) / 1e6:.2f} MB; {parity}")
+        print(f"wrote {path}, {size(path) / 1e6:.2f} MB; {parity}")
     if left:
         print(f"note: {left}", file=sys.stderr)
 

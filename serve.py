@@ -8,6 +8,7 @@ from pathlib import Path
 
 from inference.server import check_installed
 from inference.server.limits import MB, Limits
+from modules.command import number, plain_errors, threads
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -46,11 +47,11 @@ def parser():
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines (127.0.0.1)")
     p.add_argument("--port", type=int, default=8000, help="0: the system chooses (8000)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (auto)")
-    p.add_argument("--threads", type=int, metavar="N", help="of a CPU, for one batch (all cores)")
+    p.add_argument("--threads", type=threads, metavar="N", help="of a CPU, a batch (all cores)")
     p.add_argument("--beam", type=int, metavar="N", help="hypotheses kept (the package's number)")
     p.add_argument("--lm", metavar="FILE", help="as of transcribe.py: an n-gram, or a folder")
     p.add_argument(
-        "--lm-weight", type=float, metavar="W", help="its weight (the package's, or 0.5)"
+        "--lm-weight", type=number, metavar="W", help="its weight (the package's, or 0.5)"
     )
 
     def limit(option, kind, default, what):
@@ -60,12 +61,12 @@ def parser():
         )
 
     limit("--batch-size", int, d.batch, "windows of recordings that are computed together")
-    limit("--max-upload-mb", float, d.upload / MB, "size of a recording as it is sent")
-    limit("--max-audio-minutes", float, d.audio / 60, "length of a recording as it is decoded")
+    limit("--max-upload-mb", number, d.upload / MB, "size of a recording as it is sent")
+    limit("--max-audio-minutes", number, d.audio / 60, "length of a recording as it is decoded")
     limit("--max-queue", int, d.queue, "requests at a time; more are told to come again")
     limit("--max-streams", int, d.streams, "live streams at a time")
-    limit("--timeout-seconds", float, d.seconds, "from a request's start to its answer")
-    limit("--idle-seconds", float, d.idle, "a live stream without audio is closed then")
+    limit("--timeout-seconds", number, d.seconds, "from a request's start to its answer")
+    limit("--idle-seconds", number, d.idle, "a live stream without audio is closed then")
     limit("--drain-seconds", int, 30, "what runs when the server is stopped may take so long")
     p.add_argument(
         "--api-key-file",
@@ -80,14 +81,9 @@ def parser():
 
 def main():
     options = parser().parse_args()
-    try:
+    with plain_errors("interrupted before it served"):
         check_installed()
         serve(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # before it serves
-        sys.exit(130)
 
 
 def serve(options):
@@ -120,8 +116,6 @@ def service_of(options, limits, key):
     from inference.server.service import Service
 
     if options.threads is not None:
-        if options.threads < 1:
-            raise UserError(f"--threads {options.threads} must be at least 1")
         torch.set_num_threads(options.threads)
     recognizer = Recognizer.from_folder(
         options.model, options.device, options.beam, options.lm, options.lm_weight

@@ -3,7 +3,6 @@
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 from inference import StreamingRecognizer, sources
 from inference.formats import rounded
 from inference.transcript import Final
+from modules.command import number, plain_errors, threads
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -58,16 +58,16 @@ def parser():
     p.add_argument("--input", dest="microphone_name", metavar="NAME", help="which microphone")
     p.add_argument("--format", choices=WRITERS, default="txt", help="what to write (txt)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (auto)")
-    p.add_argument("--threads", type=int, default=1, metavar="N", help="of a CPU (1)")
+    p.add_argument("--threads", type=threads, default=1, metavar="N", help="of a CPU (1)")
     p.add_argument(
         "--chunk-seconds",
-        type=float,
+        type=number,
         metavar="S",
         help="computed at once (a chunked model's own chunk, 0.32 of a causal one)",
     )
     p.add_argument(
         "--endpoint-seconds",
-        type=float,
+        type=number,
         default=0.8,
         metavar="S",
         help="pause that ends a segment (0.8); 0: none does",
@@ -144,18 +144,9 @@ class Latency:
 
 
 def main():
-    p = parser()
-    options = p.parse_args()
-    try:
+    options = parser().parse_args()
+    with plain_errors():
         status = run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # of a reader such as head, which has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
     sys.exit(status)
 
 
@@ -203,8 +194,6 @@ def check(options):
         raise UserError("--rate: a file tells its own rate; leave it out")
     if options.microphone_name is not None and not options.microphone:
         raise UserError("--input chooses a microphone; give --microphone too")
-    if options.threads < 1:
-        raise UserError(f"--threads {options.threads} must be at least 1")
     if options.rate is not None:
         sources.check_rate(options.rate)
 

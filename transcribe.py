@@ -15,6 +15,7 @@ from inference.formats import FORMATS
 from inference.jobs import STDIN, find, jobs_of, write
 from inference.listener import check_batch_size
 from inference.windows import limits
+from modules.command import number, plain_errors
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -75,11 +76,11 @@ def parser():
         "folder of train_LM.py (the package's, if it has one)",
     )
     p.add_argument(
-        "--lm-weight", type=float, metavar="W", help="its weight (the package's, or 0.5)"
+        "--lm-weight", type=number, metavar="W", help="its weight (the package's, or 0.5)"
     )
     p.add_argument(
         "--chunk-seconds",
-        type=float,
+        type=number,
         metavar="S",
         help="longer recordings are heard in windows of S, cut at silences; 0: all in one piece, "
         "in bounded memory with a causal or chunked CTC model "
@@ -92,18 +93,11 @@ def parser():
 
 def main():
     arguments = parser().parse_args()
-    with tempfile.TemporaryDirectory(prefix="transcribe-") as scratch:
-        try:
-            failed = run(arguments, Path(scratch) / "stdin")
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print("\ninterrupted; what is written is whole", file=sys.stderr)
-            sys.exit(130)
-        except BrokenPipeError:  # of a reader such as head, which has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+    with (
+        plain_errors("interrupted; what is written is whole", "what is written is whole"),
+        tempfile.TemporaryDirectory(prefix="transcribe-") as scratch,
+    ):
+        failed = run(arguments, Path(scratch) / "stdin")
     sys.exit(1 if failed else 0)
 
 

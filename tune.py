@@ -2,28 +2,19 @@
 """Search the weights of a language model on the development set: python tune.py RUN --lm PATH"""
 
 import argparse
-import hashlib
-import itertools
-import sys
+import json
 from pathlib import Path
-
-import speechbrain as sb
-import torch
-from speechbrain.utils.metric_stats import ErrorRateStats
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import train_CTC
 import train_S2S
 from modules import launch
-from modules.data import load_manifest
+from modules.checks import check_writable
+from modules.command import count, number, plain_errors
 from modules.errors import UserError
-from modules.language_model import check_units, load_language_model
+from modules.options import top_level
 from modules.recipe import script_of
-from modules.search import CTCSearch
-from modules.tensors import load_tensors
 from modules.tokenizer import SubwordTokenizer
-from modules.waveforms import Batch, Unread, read_audio
+from modules.tuning import encoded, measured, read_encoded, save, tune_ctc, tune_s2s
 
 RECIPES = {"train_CTC.py": train_CTC, "train_S2S.py": train_S2S}
 EXAMPLES = """
@@ -55,12 +46,13 @@ def parser():
         ("ctc_weight_decode", "S2S: weights of CTC (the run's)"),
     ):
         p.add_argument(f"--{name}", type=numbers, metavar="A,B,...", help=text)
+    p.set_defaults(lm_weight=[0.2, 0.4, 0.6, 0.8])
     p.add_argument("--splits", metavar="A,B", help="development splits (the run's dev_splits)")
-    p.add_argument("--utterances", type=int, metavar="N", help="so many of them, evenly spread")
-    p.add_argument("--beam", type=int, metavar="N", help="hypotheses kept (the run's)")
+    p.add_argument("--utterances", type=count, metavar="N", help="so many of them, evenly spread")
+    p.add_argument("--beam", type=count, metavar="N", help="hypotheses kept (the run's)")
     p.add_argument(
         "--token_prune_min_logp",
-        type=float,
+        type=number,
         metavar="X",
         help="CTC: tokens below are not tried in a frame (the run's; with an n-gram try -4)",
     )
@@ -71,46 +63,63 @@ def parser():
 
 
 def numbers(text):
-    try:
-        return [float(x) for x in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} must be numbers, such as 0.2,0.4") from None
+    return [number(x) for x in text.split(",")]
 
 
-def main(argv):
-    arguments = parser().parse_args(argv)
-    arguments.lm_weight = arguments.lm_weight or [0.2, 0.4, 0.6, 0.8]
-    brain = load(arguments)
+def main():
+    arguments = parser().parse_args()
+    with plain_errors():
+        run(arguments)
+
+
+def run(arguments):
+    """Encode or read, search, and print what was best."""
+    brain = load(arguments.run, arguments.device)
     joint = hasattr(brain.hparams, "decoder")
     check_options(arguments, joint)
-    found = encoded(arguments, brain)
+    names = split_names(arguments.splits, brain.hparams)
+    if arguments.encoded:
+        found = read_encoded(arguments.encoded, brain)
+    else:
+        found = encoded(brain, arguments.run, names, arguments.utterances)
     if arguments.save:
-        torch.save(found, arguments.save)
+        save(found, arguments.save)
         print(f"wrote {arguments.save}: {len(found['texts'])} utterances")
     if arguments.lm is None:
-        if not arguments.save:
-            raise UserError("give --lm, the language model to search with, or --save")
         return
-    tuned = tune_s2s(arguments, brain) if joint else tune_ctc(arguments, brain)
+    weights, beam = arguments.lm_weight, arguments.beam
+    if joint:
+        tuned = tune_s2s(brain, Path(arguments.lm), weights, arguments.ctc_weight_decode, beam)
+    else:
+        prune = arguments.token_prune_min_logp
+        tuned = tune_ctc(brain, arguments.lm, weights, arguments.word_bonus, beam, prune)
     report(list(measured(tuned, found, brain)), arguments, joint)
 
 
-# ---- The run ----
-
-
-def load(arguments):
-    """The run's Brain with the averaged weights that its test stage evaluates."""
-    run = Path(arguments.run)
-    if not (run / "hyperparams.yaml").is_file():
+def load(run, device):
+    """A run's Brain with the averaged weights that its test stage evaluates."""
+    run = Path(run)
+    path = run / "hyperparams.yaml"
+    if not path.is_file():
         raise UserError(f"{run} holds no hyperparams.yaml; give the output_folder of a training")
-    options = ["--skip_train=True", f"--output_folder={run}"]
-    if (run / "save").is_dir():  # it may have been moved
-        options += [f"--save_folder={run / 'save'}"]
-    if arguments.device:
-        options += [f"--device={arguments.device}"]
-    _, hparams, run_opts, _ = launch.start([str(run / "hyperparams.yaml"), *options])
-    if (script := script_of(hparams)) not in RECIPES:
+    keys = top_level(path)
+    if (script := script_of(keys)) not in RECIPES:
         raise UserError(f"{run} is a run of {script}; give one of {' or '.join(RECIPES)}")
+    needed = ("skip_train", "output_folder", "save_folder", "checkpointer", "dev_splits")
+    if missing := [key for key in needed if key not in keys]:
+        raise UserError(
+            f"{path} lacks the key {missing[0]}, so it is not what a training wrote; give the "
+            f"output_folder of {' or '.join(RECIPES)}"
+        )
+    options = {"skip_train": True, "output_folder": run}
+    if (run / "save").is_dir():  # it may have been moved
+        options["save_folder"] = run / "save"
+        options["checkpointer"] = json.dumps({"checkpoints_dir": str(run / "save")})
+    # What is tried out is no run of the training's.
+    options |= {key: False for key in ("use_wandb", "use_tensorboard") if key in keys}
+    words = [f"--{key}={value}" for key, value in options.items()]
+    words += [f"--device={device}"] if device else []
+    _, hparams, run_opts, _ = launch.start([str(path), *words])
     recipe = RECIPES[script]
     if isinstance(hparams["tokenizer"], SubwordTokenizer):
         hparams["tokenizer"].load(Path(hparams["save_folder"]) / "tokenizer.model")
@@ -133,16 +142,24 @@ def check_options(arguments, joint):
             raise UserError(f"--ctc_weight_decode {weight} is not in [0, 1)")
     if arguments.encoded and arguments.save:
         raise UserError("--save and --encoded: give one of them")
-    if arguments.save and not Path(arguments.save).absolute().parent.is_dir():
-        raise UserError(f"--save {arguments.save}: there is no such folder; make it first")
-    for name in ("utterances", "beam"):
-        if (number := getattr(arguments, name)) is not None and number < 1:
-            raise UserError(f"--{name} {number} must be at least 1")
+    if arguments.save:
+        check_save(Path(arguments.save))
+    elif arguments.lm is None:
+        raise UserError("give --lm, the language model to search with, or --save")
 
 
-def split_names(arguments, hparams):
+def check_save(path):
+    """UserError unless the file can be written, before hours of work."""
+    if path.is_dir():
+        raise UserError(f"--save {path} is a folder; give the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--save {path}: there is no such folder; make it first")
+    check_writable("save", path.parent)
+
+
+def split_names(splits, hparams):
     """The splits to search on; UserError for a test set."""
-    names = arguments.splits.split(",") if arguments.splits else hparams.dev_splits
+    names = splits.split(",") if splits else hparams.dev_splits
     for name in names:
         test = name in hparams.test_splits and name not in hparams.dev_splits
         if test or name.startswith("test"):
@@ -151,143 +168,6 @@ def split_names(arguments, hparams):
                 f"nothing; use {', '.join(hparams.dev_splits)}"
             )
     return names
-
-
-# ---- Encoding, once ----
-
-
-def encoded(arguments, brain):
-    """{"x": [log-probabilities or memory (T, ...)], "texts": [...], ...} on the CPU."""
-    hparams = brain.hparams
-    names = split_names(arguments, hparams)
-    if arguments.encoded:
-        return read_encoded(arguments.encoded, brain)
-    rows = []
-    for name in names:
-        dataset = load_manifest(Path(arguments.run) / f"{name}.csv", vars(hparams))
-        rows += dataset.data.values()
-    rows = spread(rows, arguments.utterances)
-    rows.sort(key=lambda row: float(row["duration"]))
-    found = {"x": [], "texts": [], "joint": hasattr(hparams, "decoder"), "head": head(brain)}
-    size = hparams.test_batch_size
-    for start in progress(range(0, len(rows), size), "encoding"):
-        encode(rows[start : start + size], brain, found)
-    if not found["x"]:
-        raise UserError(
-            f"no recording of {', '.join(names)} can be read where the manifests in "
-            f"{arguments.run} say; bring the audio back there"
-        )
-    return found
-
-
-def head(brain):
-    """A digest of the CTC head's weights: whose encodings these are."""
-    return hashlib.sha256(brain.modules.ctc_head.weight.detach().cpu().numpy()).hexdigest()
-
-
-def spread(rows, number):
-    """So many of the rows, from the first to the last; None: all."""
-    if number is None or number >= len(rows):
-        return rows
-    return [rows[i * len(rows) // number] for i in range(number)]
-
-
-@torch.no_grad()
-def encode(rows, brain, found):
-    """Add one batch of a manifest's rows to what was found."""
-    examples = []
-    for row in rows:
-        sig = read_audio(row["wav"], brain.hparams.sample_rate, float(row["duration"]))
-        if isinstance(sig, Unread):
-            print(f"left out: {sig.why}", file=sys.stderr)
-        else:
-            examples.append({"id": row["wav"], "sig": sig, "wrd": row["wrd"]})
-    if not examples:
-        return
-    batch = Batch(examples).to(brain.device)
-    x, lengths = brain.encode(*brain.features(batch, sb.Stage.TEST))
-    if not found["joint"]:
-        x = brain.modules.ctc_head(x).log_softmax(dim=-1)
-    found["x"] += [y[:n].float().cpu() for y, n in zip(x, lengths.tolist(), strict=True)]
-    found["texts"] += batch.wrd
-
-
-def read_encoded(path, brain):
-    """What --save wrote; UserError when it is none, or of another kind of model."""
-    if not Path(path).is_file():
-        raise UserError(f"--encoded {path} is no file; --save writes one")
-    found = load_tensors(path)
-    if not isinstance(found, dict) or found.keys() != {"x", "texts", "joint", "head"}:
-        raise UserError(f"--encoded {path} is not what --save writes")
-    if found["joint"] != hasattr(brain.hparams, "decoder"):
-        raise UserError(f"--encoded {path} is of another kind of model than the run")
-    width = brain.modules.ctc_head.weight.shape[0 if not found["joint"] else 1]
-    if any(x.shape[-1] != width for x in found["x"]):
-        raise UserError(f"--encoded {path} is of a model of another size than the run's")
-    if found["head"] != head(brain):
-        raise UserError(
-            f"--encoded {path} is of other weights than {brain.hparams.output_folder} has now; "
-            "write it again with --save"
-        )
-    return found
-
-
-# ---- Searching, often ----
-
-
-def tune_ctc(arguments, brain):
-    """Yield ({option: value} or None without a language model, search) for each combination."""
-    hparams = brain.hparams
-    prune = arguments.token_prune_min_logp
-    settings = {
-        "beam_size": arguments.beam or hparams.test_beam_size,
-        "beam_prune_logp": hparams.beam_prune_logp,
-        "token_prune_min_logp": hparams.token_prune_min_logp if prune is None else prune,
-    }
-    yield None, CTCSearch(brain.tokenizer.labels, **settings)
-    search = CTCSearch(brain.tokenizer.labels, kenlm_model_path=arguments.lm, **settings)
-    bonuses = arguments.word_bonus or [getattr(hparams, "word_bonus", 1.5)]
-    for weight, bonus in itertools.product(arguments.lm_weight, bonuses):
-        search.weigh(weight, bonus)
-        yield {"lm_weight": weight, "word_bonus": bonus}, search
-
-
-def tune_s2s(arguments, brain):
-    """As `tune_ctc`."""
-    hparams, folder = brain.hparams, Path(arguments.lm)
-    check_units(folder / "tokenizer.ckpt", Path(hparams.save_folder) / "tokenizer.model")
-    lm = load_language_model(hparams.make_lm, folder).to(brain.device)
-    search = hparams.test_search
-    search.beam_size = arguments.beam or search.beam_size
-
-    def run(memory, lengths):
-        ids, _ = search(memory.to(brain.device), lengths.to(brain.device))
-        return [brain.tokenizer.decode(i) for i in ids]
-
-    weights = arguments.ctc_weight_decode or [search.ctc_weight]
-    for search.ctc_weight in weights:
-        search.language_model = None
-        yield {"ctc_weight_decode": search.ctc_weight}, run
-        for weight in arguments.lm_weight:
-            search.use_language_model(lm, weight, hparams.temperature_lm)
-            yield {"lm_weight": weight, "ctc_weight_decode": search.ctc_weight}, run
-
-
-def measured(tuned, found, brain):
-    """Yield (options, WER, CER) for each combination."""
-    size = brain.hparams.test_batch_size
-    for options, search in tuned:
-        wer, cer = ErrorRateStats(), ErrorRateStats(split_tokens=True)
-        name = " ".join(f"{k} {v:g}" for k, v in (options or {}).items()) or "without"
-        for start in progress(range(0, len(found["x"]), size), name):
-            xs = found["x"][start : start + size]
-            lengths = torch.tensor([len(x) for x in xs])
-            heard = search(pad_sequence(xs, batch_first=True), lengths)
-            said = found["texts"][start : start + size]
-            ids = range(start, start + len(xs))
-            for metric in (wer, cer):
-                metric.append(ids, [t.split() for t in heard], [t.split() for t in said])
-        yield options or {}, wer.summarize("error_rate"), cer.summarize("error_rate")
 
 
 def report(rows, arguments, joint):
@@ -310,9 +190,5 @@ def report(rows, arguments, joint):
         print("the language model does not help here: without it the error rate is no higher")
 
 
-def progress(steps, name):
-    return tqdm(steps, desc=name, disable=None, leave=False, file=sys.stderr)
-
-
 if __name__ == "__main__":
-    launch.run(main, "tune.py", "", parser().format_help())
+    main()

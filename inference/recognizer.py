@@ -1,5 +1,6 @@
 """Recognizer: a package folder to transcripts, as the training script's test stage makes them."""
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from inference.listener import Listener
 from inference.parts import build_parts
 from inference.through import Through
 from inference.windows import WHOLE, WINDOW
-from modules.errors import UserError
+from modules.errors import UserError, out_of_memory
 from modules.language_model import PUBLISHED, find_tokenizer, load_language_model
 from modules.launch import best_device, check_device
 from modules.lengths import relative
@@ -84,7 +85,9 @@ class Recognizer(Listener):
         try:
             x, lengths = self._encode(signals)
             tokens, log_probs = self._search(x, lengths)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             longest = max(len(s) for s in signals) / self.sample_rate
             raise UserError(
                 f"{len(signals)} pieces of up to {longest:.1f} s do not fit into the memory of "
@@ -147,6 +150,8 @@ def change_search(config, folder, beam_size, lm, lm_weight):
             raise UserError(f"beam_size={beam_size} must be at least 1, which is greedy search")
         parts["search"]["beam_size"] = beam_size
     if lm_weight is not None:
+        if not math.isfinite(lm_weight):
+            raise UserError(f"lm_weight={lm_weight} must be a number, such as 0.5")
         config["lm_weight"] = lm_weight
     if "decoder" in parts:
         if lm is not None and not Path(lm).is_dir():

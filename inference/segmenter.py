@@ -35,7 +35,7 @@ class Segmenter:
     """
 
     def __init__(self, tokenizer, seconds_per_frame, endpoint_seconds, history):
-        if endpoint_seconds is not None and not endpoint_seconds > 0:
+        if endpoint_seconds is not None and not 0 < endpoint_seconds < float("inf"):
             raise UserError(
                 f"endpoint_seconds={endpoint_seconds} is no pause; give 0.8, for instance"
             )

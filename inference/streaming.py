@@ -10,6 +10,7 @@ from inference.transcript import Partial, transcript_of
 from modules.errors import UserError
 
 CHUNK = 0.32  # s that a causal model computes at once
+LONGEST = 60  # s of a chunk: its features are in memory together
 
 
 class StreamingRecognizer:
@@ -23,10 +24,10 @@ class StreamingRecognizer:
         hop = recognizer.seconds_per_frame
         if chunk_seconds is None:
             chunk_seconds = hop * (recognizer.model["encoder"].chunk_size or round(CHUNK / hop))
-        if not hop <= chunk_seconds < float("inf"):
+        if not hop <= chunk_seconds <= LONGEST:
             raise UserError(
                 f"chunk_seconds={chunk_seconds} is shorter than a frame of this model, {hop:g} s, "
-                f"or no number; give {CHUNK}, for instance"
+                f"or longer than {LONGEST} s; give {CHUNK}, for instance"
             )
         frames = round(chunk_seconds / hop)
         self.ctc = StreamingCTC(recognizer, frames)

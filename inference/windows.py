@@ -31,10 +31,10 @@ def limits(chunk_seconds, whole_seconds=WHOLE, window_seconds=WINDOW):
         return max(whole_seconds, window_seconds), window_seconds
     if chunk_seconds == 0:
         return float("inf"), None
-    if chunk_seconds < SHORTEST:
+    if not SHORTEST <= chunk_seconds < float("inf"):
         raise UserError(
-            f"chunk_seconds={chunk_seconds} is too short to hear words in; give {SHORTEST} or "
-            "more, or 0 for one piece"
+            f"chunk_seconds={chunk_seconds} is too short to hear words in, or no number; give "
+            f"{SHORTEST} or more, or 0 for one piece"
         )
     return chunk_seconds, chunk_seconds
 

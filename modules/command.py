@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 
@@ -30,7 +31,7 @@ def plain_errors(interrupted="interrupted", then=None, failures=(OSError,)):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except failures as error:
-        end(f"error: {error}" + (f"; {then}" if then else ""), 2)
+        end(f"error: {without_number(error)}" + (f"; {then}" if then else ""), 2)
     except KeyboardInterrupt:
         end(f"\n{interrupted}", 130)
 
@@ -40,6 +41,31 @@ def count(text):
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
     return int(text)
+
+
+def threads(text):
+    """A number of threads, as a type for argparse; OpenMP has no memory for many thousands."""
+    if (number := count(text)) > 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} must be 1 to 1024, as many as there are cores")
+    return number
+
+
+def number(text):
+    """A number that is finite, as a type for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number, such as 0.5")
+    return value
+
+
+def without_number(error):
+    """What happened, after the file's name; of the operating system without errno."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def end(text, status):

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""Exceptions that mean something to a command: above all, "the user can fix this"."""
 
 
 class UserError(Exception):
@@ -10,3 +10,9 @@ class UserError(Exception):
 
 class Stopped(KeyboardInterrupt):
     """A run was asked to end, and has saved what it takes to go on."""
+
+
+def out_of_memory(error):
+    """Whether that is why PyTorch failed; on CPU and MPS the text alone tells."""
+    words = "out of memory", "can't allocate memory", "not enough memory"
+    return type(error).__name__ == "OutOfMemoryError" or any(w in str(error) for w in words)

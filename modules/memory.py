@@ -7,7 +7,7 @@ import speechbrain as sb
 import torch
 from speechbrain.dataio.batch import PaddedData
 
-from modules.errors import UserError
+from modules.errors import UserError, out_of_memory
 from modules.lengths import absolute
 from modules.nonfinite import FiniteBrain
 
@@ -114,12 +114,6 @@ class HalvingBrain(FiniteBrain):
             f"{what}; lower --{key} (now {getattr(self.hparams, key)}) and raise "
             "--grad_accumulation_factor by as much"
         )
-
-
-def out_of_memory(error):
-    """Whether that is why an operation failed; on CPU and MPS its text alone tells."""
-    words = "out of memory", "can't allocate memory", "not enough memory"
-    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def halves(batch):

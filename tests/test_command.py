@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from modules.command import count, plain_errors
+from modules.command import count, number, plain_errors, threads
 from modules.errors import UserError
 from modules.options import Wiring, read_options, top_level
 from tests.recipes import runs
@@ -18,6 +18,8 @@ from tests.recipes import runs
     [
         (UserError("n=0 must be positive"), 2, "error: n=0 must be positive\n"),
         (OSError("no space"), 2, "error: no space; nothing was written\n"),
+        (OSError(28, "no space", "a/b"), 2, "error: a/b: no space; nothing was written\n"),
+        (OSError(28, "no space"), 2, "error: no space; nothing was written\n"),
         (KeyboardInterrupt(), 130, "\nstopped\n"),
     ],
 )
@@ -36,6 +38,22 @@ def test_counts(text, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args([f"--workers={text}"])
     assert f"{text!r} must be a whole number, 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "expected"),
+    [
+        (number, "nan", "must be a number, such as 0.5"),
+        (number, "1e999", "must be a number, such as 0.5"),
+        (number, "two", "must be a number, such as 0.5"),
+        (threads, "0", "must be a whole number, 1 or more"),
+        (threads, "1025", "must be 1 to 1024"),
+    ],
+)
+def test_numbers_and_threads(kind, wrong, expected):
+    assert kind("16") == 16
+    with pytest.raises(argparse.ArgumentTypeError, match=expected):
+        kind(wrong)
 
 
 def test_our_own_mistakes_keep_their_trace():

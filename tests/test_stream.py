@@ -263,12 +263,15 @@ def test_mistakes_are_told(causal, recording, tmp_path, monkeypatch, capsys):
         ("--fast: only a file", "-", "--fast"),
         ("--rate: a file tells its own", path, "--rate", 16000),
         ("--input chooses a microphone", path, "--input", "USB"),
-        ("--threads 0 must be at least 1", path, "--threads", 0),
+        ("'0' must be a whole number", path, "--threads", 0),
+        ("'99999' must be 1 to 1024", path, "--threads", 99999),
         ("--rate 16 is no rate of speech", "-", "--rate", 16),
         ("there is no file", tmp_path / "none.wav"),
         ("is no audio", tmp_path / "text.wav"),
         ("chunk_seconds=0.001 is shorter", path, "--chunk-seconds", 0.001),
+        ("chunk_seconds=1000000000.0 is", path, "--chunk-seconds", 1e9),
         ("endpoint_seconds=-1.0 is no pause", path, "--endpoint-seconds", -1),
+        ("'inf' must be a number", path, "--endpoint-seconds", "inf"),
         ("there is no folder nowhere", path, "--model", "nowhere"),
     ):
         shown = call(monkeypatch, capsys, "--model", causal, *arguments, status=2)

@@ -84,5 +84,7 @@ def check_output(output, suffix, overwrite):
         raise UserError(f"--output {output}: this target's files end in {suffix}")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}; make it first")
+    if output.is_dir() and not (output / "Manifest.json").is_file():  # which a CoreML package has
+        raise UserError(f"--output {output} is a folder; give the name of a file")
     if output.exists() and not overwrite:
         raise UserError(f"{output} exists; give --overwrite, or another --output")

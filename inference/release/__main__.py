@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from inference.release.building import KINDS, build, check
-from modules.command import plain_errors
+from modules.command import number, plain_errors
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -37,8 +37,8 @@ def parser():
     p.add_argument("--notes", metavar="FILE", help="Markdown for the card: sources, licences")
     p.add_argument("--dtype", choices=("auto", *KINDS), default="auto",
                    help="matrices on disk (auto: the first that fits)")  # fmt: skip
-    p.add_argument("--megabytes", type=float, default=30, metavar="M", help="the most (30)")
-    p.add_argument("--tolerance", type=float, default=0.5, metavar="P",
+    p.add_argument("--megabytes", type=number, default=30, metavar="M", help="the most (30)")
+    p.add_argument("--tolerance", type=number, default=0.5, metavar="P",
                    help="points of WER between this device and the run's (0.5)")  # fmt: skip
     p.add_argument("--device", default="cpu", help="what the checks run on (cpu)")
     p.add_argument("--check", metavar="DIR", help="check the files of a release; build nothing")

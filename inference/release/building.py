@@ -12,6 +12,7 @@ from inference.release.limits import limits, plural
 from inference.report.commands import command_of
 from inference.report.folder import Run
 from inference.report.rates import estimate, word_counts
+from modules.checks import check_writable
 from modules.digests import sha256
 from modules.errors import UserError
 from modules.tensors import load_tensors
@@ -34,6 +35,7 @@ def build(run, name, output, data_folder=None, dtype="auto", megabytes=30, toler
     UserError, with `output` as it was, for whatever does not hold.
     """
     run, output = Run(run), Path(output).absolute()
+    check_writable("output", output)
     if run.settings.get("resume") and not notes:
         raise UserError(
             f"{run.path} began with the weights of {run.settings['resume']}: give --notes, a file "

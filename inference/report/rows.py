@@ -12,7 +12,7 @@ from inference.report.commands import command_of
 from inference.report.folder import runs_of, same_utterances
 from inference.report.rates import character_counts, difference, estimate, word_counts
 from inference.report.results import RESULTS, ROOT, put_row, read_results, write_results
-from modules.command import plain_errors
+from modules.command import number, plain_errors
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -49,7 +49,7 @@ def parser():
     p.add_argument("--test-set", action="append", metavar="NAME", help="one alone (all of them)")
     p.add_argument("--commit", help="in place of what the runs tell")
     p.add_argument("--hardware", metavar="TEXT", help="'NVIDIA H200', in place of what they tell")
-    p.add_argument("--minutes", type=float, metavar="M", help="of a run, in place of what it tells")
+    p.add_argument("--minutes", type=number, metavar="M", help="of a run, not what it tells")
     p.add_argument("--command", metavar="TEXT", help="with {data}, {seed} and {output}")
     p.add_argument("--before", action="append", default=[], metavar="TEXT", help="run before it")
     p.add_argument("--replace", action="append", default=[], metavar="OLD=NEW", help="in commands")

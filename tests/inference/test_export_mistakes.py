@@ -1,6 +1,7 @@
 """A file that computes something else is not kept, and a user's mistakes are told."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,20 +37,29 @@ def call(monkeypatch, capsys, *arguments, status=0):
 
 def test_mistakes_are_told_and_nothing_is_written(tmp_path, monkeypatch, capsys):
     (tmp_path / "there.ts").touch()
+    (tmp_path / "folder.ts").mkdir()
     to = ["--to", "torchscript", "--output"]
     for message, *arguments in (
         ("there is no folder nowhere", "nowhere", *to, tmp_path / "a.ts"),
         ("files end in .ts", hearing_package(), *to, tmp_path / "a.onnx"),
         ("there is no folder", hearing_package(), *to, tmp_path / "none/a.ts"),
         ("exists; give --overwrite", hearing_package(), *to, tmp_path / "there.ts"),
+        ("is a folder", hearing_package(), *to, tmp_path / "folder.ts", "--overwrite"),
         ("cannot stream", hearing_package(), *to, tmp_path / "a.ts", "--streaming"),
     ):
         shown = call(monkeypatch, capsys, "--model", *arguments, status=2)
         assert message in shown.err and not shown.out
-    assert [p.name for p in tmp_path.iterdir()] == ["there.ts"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.ts", "there.ts"]
     out = [*to, tmp_path / "there.ts", "--overwrite"]
     shown = call(monkeypatch, capsys, "--model", hearing_package(), *out)
     assert "wrote" in shown.out and "100.00 %" in shown.out
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that nobody can write to")
+def test_a_place_that_cannot_be_written_to(monkeypatch, capsys):
+    options = ["--model", hearing_package(), "--to", "torchscript", "--output", "/proc/a.ts"]
+    shown = call(monkeypatch, capsys, *options, status=2)
+    assert "error: /proc/" in shown.err and shown.err.endswith("; nothing is written\n")
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,6 @@ def test_limits():
     assert limits(None, 4, 17) == (17, 17)
     assert limits(10.0) == (10.0, 10.0)
     assert limits(0) == (float("inf"), None)
-    for wrong in (1, -3):
+    for wrong in (1, -3, float("nan"), float("inf")):
         with pytest.raises(UserError, match="give 2 or more, or 0"):
             limits(wrong)

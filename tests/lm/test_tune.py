@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tune
+from modules import tuning
 from modules.errors import UserError
 from modules.lm import ngram
 from tests.recipes import runs
@@ -17,7 +18,7 @@ from tests.recipes.packages import trained
 
 def call(*arguments):
     with runs.own_logging(), contextlib.redirect_stdout(io.StringIO()) as printed:
-        tune.main([str(a) for a in arguments])
+        tune.run(tune.parser().parse_args([str(a) for a in arguments]))
     return printed.getvalue()
 
 
@@ -40,8 +41,8 @@ def test_ctc_weights(arpa, tmp_path, monkeypatch):
     run = trained("ctc")[0]
     before = runs.files_of(run)
     calls = []
-    whole = tune.encode
-    monkeypatch.setattr(tune, "encode", lambda *a: calls.append(1) or whole(*a))
+    whole = tuning.encode
+    monkeypatch.setattr(tuning, "encode", lambda *a: calls.append(1) or whole(*a))
     options = ["--lm_weight", "0.5,4", "--word_bonus", "0,1", "--token_prune_min_logp", -6]
     printed = call(run, "--device", "cpu", "--save", tmp_path / "dev.pt", "--lm", arpa, *options)
     found = rows(printed)
@@ -61,6 +62,13 @@ def test_ctc_weights(arpa, tmp_path, monkeypatch):
     runs.train("CTC/conmamba_tiny.yaml", tmp_path / "run", skip_train=True, resume=run, **options)
     first = (tmp_path / "run/wer_dev.txt").read_text().split()
     assert float(first[1]) == pytest.approx(best[2], abs=0.006)
+
+
+def test_a_folder_that_was_moved(tmp_path):
+    shutil.copytree(trained("ctc")[0], tmp_path / "moved")
+    with runs.own_logging():
+        brain = tune.load(tmp_path / "moved", "cpu")
+    assert brain.checkpointer.checkpoints_dir == tmp_path / "moved/save"
 
 
 def test_s2s_weights(tmp_path):
@@ -91,9 +99,9 @@ def test_a_ctc_run_over_words(arpa, tmp_path):
 
 
 def test_utterances_are_evenly_spread():
-    assert tune.spread(list(range(10)), 4) == [0, 2, 5, 7]
-    assert tune.spread(list(range(10)), 6) == [0, 1, 3, 5, 6, 8]
-    assert tune.spread([1, 2], 5) == tune.spread([1, 2], None) == [1, 2]
+    assert tuning.spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert tuning.spread(list(range(10)), 6) == [0, 1, 3, 5, 6, 8]
+    assert tuning.spread([1, 2], 5) == tuning.spread([1, 2], None) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +121,8 @@ def test_utterances_are_evenly_spread():
         (["RUN", "--lm", "ARPA", "--encoded", "WIDE"], "of a model of another size"),
         (["RUN", "--lm", "ARPA", "--encoded", "OTHER"], "of other weights than .* has now"),
         (["RUN", "--lm", "ARPA", "--save", "/no/such/dev.pt"], "there is no such folder"),
-        (["RUN", "--lm", "ARPA", "--utterances", "0"], "--utterances 0 must be at least 1"),
+        (["RUN", "--save", "RUN"], "is a folder; give the name of a file"),
+        (["YAML", "--lm", "ARPA"], "lacks the key skip_train, so it is not what a training wrote"),
         (["RUN"], "give --lm"),
     ],
 )
@@ -128,7 +137,10 @@ def test_mistakes_are_told(arpa, tmp_path, arguments, message):
     (run / "gone.csv").write_text(manifest.replace(str(runs.corpus()), "/gone"))
     (tmp_path / "lm").mkdir()
     shutil.copyfile(runs.ROOT / "hparams/LM/mamba.yaml", tmp_path / "lm/hyperparams.yaml")
+    (tmp_path / "yaml").mkdir()
+    (tmp_path / "yaml/hyperparams.yaml").write_text("seed: 1\n")
     places = {"LM": tmp_path / "lm", "RUN": run, "ARPA": arpa, "BAD": tmp_path / "bad.pt"}
     places |= {"WIDE": tmp_path / "wide.pt", "OTHER": tmp_path / "other.pt"}
+    places["YAML"] = tmp_path / "yaml"
     with pytest.raises(UserError, match=message):
         call(*[places.get(a, a) for a in arguments])

@@ -66,7 +66,8 @@ def test_mistakes_are_told_before_it_serves(monkeypatch, capsys, tmp_path):
                 "--port",
                 0,
             ),
-            ("--threads 0 must be", "--model", causal_package(), "--threads", 0, "--port", 0),
+            ("--threads: '0' must be", "--model", "x", "--threads", 0),
+            ("'nan' must be a number", "--model", "x", "--max-upload-mb", "nan"),
         ):
             shown = call(monkeypatch, capsys, *arguments)
             assert message in shown and "Traceback" not in shown
