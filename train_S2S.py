@@ -21,6 +21,7 @@ class ASR(ASRBrain):
 
     checkpoint_metric = "ACC"
     higher_is_better = True
+    parts = (*ASRBrain.parts, "decoder", "seq_head")
 
     def compute_forward(self, batch, stage):
         """CTC logits (B, T, V), token log-probabilities (B, U, V), memory, lengths, taps."""

@@ -56,11 +56,7 @@ class Recognizer(Listener):
         device = best_device() if device == "auto" else check_device(device)
         config = read_config(folder / "config.json")
         change_search(config, folder, beam_size, lm, lm_weight)
-        try:
-            parts = build_parts(config["parts"])
-        except OSError as error:  # no part but an n-gram reads a file
-            path = config["parts"]["search"].get("kenlm_model_path")
-            raise UserError(f"lm={path} is no n-gram that KenLM reads: {error}") from None
+        parts = build_parts(config["parts"])
         load_parts(parts, config, folder)
         if lm is not None and "decoder" in parts:
             use_language_model(parts, config, Path(lm))

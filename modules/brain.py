@@ -28,6 +28,7 @@ class ASRBrain(TrainingBrain):
     """
 
     checkpoint_metric = "WER"
+    parts = ("normalize", "frontend", "encoder", "ctc_head")
 
     def __init__(self, hparams, run_opts):
         super().__init__(hparams, run_opts)

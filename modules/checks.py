@@ -16,8 +16,8 @@ POSITIVE = (
     "test_beam_size sample_rate n_fft win_length hop_length n_mels"
 )
 SHARES = (
-    "dropout mixer_dropout drop_path ema_decay inter_ctc_weight noise_probability "
-    "reverberation_probability"
+    "dropout mixer_dropout drop_path ema_decay inter_ctc_weight ctc_weight label_smoothing "
+    "noise_probability reverberation_probability"
 )
 
 RANGES = "noise_snr time_drop_length time_drop_count freq_drop_length freq_drop_count"
@@ -37,6 +37,8 @@ def check_values(values, run_opts):
             raise UserError(
                 f"{key}={values[key]} must be {index}, as tokenizers and searches have it"
             )
+    if not 0 <= values.get("seed", 0) < 2**32:
+        raise UserError(f"seed={values['seed']} must be from 0 to {2**32 - 1}")
     if "views" in values:
         check_ctc_losses(values)
     check_augmentation(values)

@@ -1,5 +1,6 @@
 """Manifests (CSV) to datasets, tokens and batches."""
 
+import csv
 import functools
 import operator
 import os
@@ -65,9 +66,13 @@ def load_manifest(path, hparams):
             f"the manifest {path} is missing; run without --skip_prep, or check --train_splits, "
             "--dev_splits and --test_splits"
         )
-    dataset = EpochDataset.from_csv(
-        csv_path=str(path), replacements={"data_root": str(hparams["data_folder"])}
-    )
+    replacements = {"data_root": str(hparams["data_folder"])}
+    try:
+        dataset = EpochDataset.from_csv(csv_path=str(path), replacements=replacements)
+    except (KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"{path} is no manifest, whose columns are ID, duration, wav, spk_id and wrd: {error}"
+        ) from None
     if len(dataset) == 0:
         raise UserError(f"the manifest {path} holds no utterance")
     return dataset

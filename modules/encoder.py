@@ -69,6 +69,8 @@ class Encoder(nn.Module):
         drop_path=0.0,
     ):
         super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers={num_layers} must be at least 1")
         conv_causal = causal or chunks is not None
         self.input_layer = nn.Sequential(nn.Linear(input_size, d_model), nn.Dropout(dropout))
         self.layers = nn.ModuleList(

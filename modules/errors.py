@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class MissingKey(UserError, AttributeError):  # noqa: N818
+    """A recipe lacks a key; to `hasattr`, and `getattr` with a default, a missing attribute."""
+
+
 class Stopped(KeyboardInterrupt):
     """A run was asked to end, and has saved what it takes to go on."""
 

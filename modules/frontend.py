@@ -98,6 +98,8 @@ class ConvFrontend(nn.Module):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size} must be odd; use {kernel_size + 1}")
+        if not channels:
+            raise ValueError("channels must list a number for each block, such as [64, 32]")
         self.stride = stride
         self.reach = kernel_size // 2
         # Named as in SpeechBrain's `ConvolutionFrontEnd`, so its weights fit.

@@ -3,29 +3,31 @@
 import dataclasses
 import difflib
 import math
+import re
 from pathlib import Path
 
 import yaml
-from hyperpyyaml import load_hyperpyyaml, resolve_references
+from hyperpyyaml import resolve_references
+from ruamel.yaml import RoundTripRepresenter
 from ruamel.yaml.error import YAMLError
 from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 
 from modules.errors import UserError
+from modules.keys import Keys, keys_of, remedy
+from modules.objects import load_objects
 from modules.resolved import is_plain
 
 
-class Keys(dict):
-    """A YAML file's keys and their values; UserError for one that is read and missing."""
+class Replacement:
+    """A mapping that takes the place of the file's, into which HyperPyYAML would merge a dict."""
 
-    def __init__(self, path, values):
-        super().__init__(values)
-        self.path = path
+    def __init__(self, mapping):
+        self.mapping = mapping
 
-    def __missing__(self, key):
-        raise UserError(
-            f"{self.path} lacks the key {key}; begin with a file of hparams/, which has all keys "
-            "(docs/configuration.md)"
-        )
+
+RoundTripRepresenter.add_representer(
+    Replacement, lambda representer, value: representer.represent_dict(value.mapping)
+)
 
 
 class Wiring:
@@ -38,8 +40,8 @@ SHOWN_OPTIONS = (
     "debug_epochs noprogressbar optimizer_step_limit ckpt_interval_minutes distributed_backend "
     "compile compile_mode"
 )
-# max_nonfinite_steps stands for these.
-REPLACED_OPTIONS = ("nonfinite_patience", "skip_nonfinite_grads")
+# max_nonfinite_steps stands for the first two, torchrun for the third.
+REPLACED_OPTIONS = ("nonfinite_patience", "skip_nonfinite_grads", "data_parallel_backend")
 RUN_OPTIONS = {
     n: v for n, v in RunOptions().as_dict().items() if n in HELP_TEXTS and n not in REPLACED_OPTIONS
 }
@@ -74,6 +76,11 @@ def top_level(path, overrides=None):
         with open(path, encoding="utf-8") as f:
             root = yaml.compose(resolve_references(f, overrides))
     except (yaml.YAMLError, YAMLError, ValueError, KeyError, AttributeError) as error:
+        if missing := re.match(r'The reference "(\w+)" is not valid', str(error)):
+            raise UserError(
+                f"{path} refers to <{missing[1]}>, which it lacks; "
+                f"{remedy(missing[1], keys_of(path))}"
+            ) from None
         raise UserError(f"{path} is not a HyperPyYAML file: {error}") from None
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path} holds no keys")
@@ -87,17 +94,7 @@ def top_level(path, overrides=None):
 
 def load(path, overrides):
     """The YAML file's keys, with its objects made; UserError for what cannot be."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return Keys(path, load_hyperpyyaml(f, overrides))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    except (KeyError, TypeError) as error:
-        # HyperPyYAML's own words, about an override and about an object's arguments.
-        what = str(error.args[0]) if error.args else ""
-        if not what.startswith(("Override ", "Invalid argument to ")):
-            raise
-        raise UserError(f"{path}: {': '.join(map(str, error.args))}") from error
+    return Keys(path, load_objects(path, overrides))
 
 
 def read_options(argv, defaults):
@@ -183,9 +180,10 @@ def read_value(key, text, default):
     elif isinstance(default, dict):
         if value is not None and not isinstance(value, dict):
             raise UserError(
-                f"{key}={text!r} must be a mapping, such as {default}, whose entries take the "
-                f"place of the file's; --{key} null takes all away"
+                f"{key}={text!r} must be a mapping, such as {default}, which takes the place of "
+                f"the file's; null: none"
             )
+        return None if value is None else Replacement(value)
     elif isinstance(default, bool):
         if not isinstance(value, bool):
             raise UserError(f"{key}={text!r} must be True or False")

@@ -9,7 +9,8 @@ from speechbrain.utils.checkpoints import ckpt_recency
 
 from modules.batches import WholeStepSampler
 from modules.checkpoints import average, best, newest
-from modules.errors import UserError
+from modules.errors import MissingKey, UserError
+from modules.keys import Attributes
 from modules.loggers import make_loggers
 from modules.optimizers import advance_before_steps, fused, parameter_groups
 from modules.resuming import ResumingBrain
@@ -26,8 +27,12 @@ class TrainingBrain(ResumingBrain):
 
     checkpoint_metric = None
     higher_is_better = False
+    parts = ()  # names of `modules`
 
     def __init__(self, hparams, run_opts):
+        for name in self.parts:
+            if name not in hparams["modules"]:
+                raise MissingKey(f"{hparams.path}: modules lacks {name}; add {name}: !ref <{name}>")
         super().__init__(
             modules=hparams["modules"],
             opt_class=hparams["opt_class"],
@@ -35,6 +40,7 @@ class TrainingBrain(ResumingBrain):
             run_opts=run_opts,
             checkpointer=hparams["checkpointer"],
         )
+        self.hparams = Attributes(hparams)
         self.noprogressbar = self.noprogressbar or not os.isatty(2)
         self.loggers = make_loggers(hparams)
         self.results, self.unread = {}, []

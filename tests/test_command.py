@@ -4,13 +4,16 @@ import argparse
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
 from modules.command import count, number, plain_errors, threads
 from modules.errors import UserError
-from modules.options import Wiring, read_options, top_level
+from modules.options import Wiring, load, read_options, top_level
 from tests.recipes import runs
+
+COUNTER = "normalize: !new:collections.Counter\n    x: 1\n"
 
 
 @pytest.mark.parametrize(
@@ -80,9 +83,9 @@ def test_a_reader_that_has_enough():
     assert process.returncode == 1
 
 
-def test_mappings_are_changed_or_taken_away(tmp_path):
+def test_mappings_are_replaced_and_arguments_changed(tmp_path):
     path = tmp_path / "a.yaml"
-    path.write_text("train_mix: {a: 2, b: 1}\nnormalize: !new:torch.nn.Identity\n    x: {y: 1}\n")
+    path.write_text("train_mix: {a: 2, b: 1}\nlike: !ref <train_mix>\n" + COUNTER)
     defaults = top_level(path)
     assert defaults["train_mix"] == {"a": 2, "b": 1} and defaults["normalize"] is Wiring
 
@@ -91,8 +94,13 @@ def test_mappings_are_changed_or_taken_away(tmp_path):
         return top_level(path, overrides)[key]
 
     assert given("train_mix", "null") is None
-    assert given("train_mix", "{a: 3}") == {"a": 3, "b": 1}
-    with pytest.raises(UserError, match=r"must be a mapping, such as .*--train_mix null takes all"):
+    assert given("train_mix", "{a: 3}") == {"a": 3}
+    assert given("train_mix", "{}") == {}
+    _, overrides = read_options([str(path), "--train_mix={a: 3}", "--normalize={z: 5}"], defaults)
+    hparams = load(path, overrides)
+    assert hparams["train_mix"] == hparams["like"] == {"a": 3}
+    assert hparams["normalize"] == Counter({"x": 1, "z": 5})
+    with pytest.raises(UserError, match=r"must be a mapping, such as .* takes the place of the fi"):
         given("train_mix", "3")
     with pytest.raises(UserError, match="normalize makes an object; change the YAML file"):
         given("normalize", "null")

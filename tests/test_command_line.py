@@ -72,28 +72,6 @@ def test_yaml_must_come_first(capfd, monkeypatch):
     assert "the first argument is the YAML file" in err
 
 
-@pytest.mark.parametrize("text", ["a: [", "- a", "", "a: !ref <b>"])
-def test_a_file_that_is_no_hyperpyyaml(capfd, monkeypatch, tmp_path, text):
-    (tmp_path / "a.yaml").write_text(text)
-    status, _, err = call(capfd, monkeypatch, "CTC", [tmp_path / "a.yaml"])
-    assert status == 2
-    assert "a.yaml" in err
-
-
-@pytest.mark.parametrize(
-    ("text", "key"),
-    [
-        ("seed: 1", "precision"),
-        ("{num_workers: 0, precision: fp32, output_folder: a, save_folder: b}", "tokenizer"),
-    ],
-)
-def test_a_file_that_is_no_recipe(capfd, monkeypatch, tmp_path, text, key):
-    (tmp_path / "a.yaml").write_text(text)
-    status, _, err = call(capfd, monkeypatch, "CTC", [tmp_path / "a.yaml", "--device", "cpu"])
-    assert status == 2
-    assert f"a.yaml lacks the key {key}; begin with a file of hparams/" in err
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -120,7 +98,14 @@ def test_a_file_that_is_no_recipe(capfd, monkeypatch, tmp_path, text, key):
         (["--optimizer_step_limit", "x"], "optimizer_step_limit='x' must be a whole number"),
         (["--precision", "fp8"], "precision='fp8' is unknown; use fp32, bf16, fp16"),
         (["--encoder", "big"], "encoder='big': encoder makes an object"),
-        (["--encoder", "{num_layres: 2}"], "Invalid argument to class modules.encoder.Encoder: "),
+        (["--encoder", "{num_layres: 2}"], "unexpected keyword argument 'num_layres'; it is given"),
+        (["--encoder", "{num_layers: 0}"], "yaml: encoder: num_layers=0 must be at least 1"),
+        (["--encoder", "{num_layers: a}"], "(modules/encoder.py:"),
+        (["--frontend", "{channels: []}"], "channels must list a number for each block"),
+        (["--normalize", "{norm_type: no}"], "('global', 'batch', 'sentence'); it is given norm_"),
+        (["--d_model", "99999999999"], "encoder cannot be made by modules.encoder.Encoder: not en"),
+        (["--seed", "-1"], "seed=-1 must be from 0 to 4294967295"),
+        (["--data_parallel_backend"], "unknown option --data_parallel_backend"),
         (["--speeds", "[fast]"], "speeds=['fast'] must be percentages"),
         (["--speeds", "[0]"], "speeds=[0] must be percentages"),
         (["--noise_snr_low", "50"], "noise_snr_low=50 is above noise_snr_high=40"),
@@ -235,6 +220,11 @@ def test_missing_manifest(fails):
     assert "train.csv is missing; run without --skip_prep" in message
 
 
+def test_a_file_that_is_no_manifest(fails, tmp_path):
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    assert "a.csv is no manifest, whose columns are ID" in fails(CTC, train_csv=tmp_path / "a.csv")
+
+
 def test_characters_outside_the_alphabet(tmp_path):
     with pytest.raises(UserError) as error:
         runs.build(CTC, tmp_path, alphabet="ABCD ", output_neurons=8)
@@ -278,7 +268,10 @@ def test_language_model_that_is_not_there(fails, tmp_path):
     assert "set --pretrained_lm_tokenizer_path" in fails(S2S, no_lm=False)
     assert "set --kenlm_model_path" in fails(CTC, no_lm=False)
     message = fails(CTC, no_lm=False, kenlm_model_path=tmp_path / "a.arpa")
-    assert f"kenlm_model_path={tmp_path / 'a.arpa'}" in message
+    assert f"kenlm_model_path={tmp_path / 'a.arpa'} is no file" in message
+    (tmp_path / "a.arpa").write_text("THE CAT\n")
+    message = fails(CTC, no_lm=False, kenlm_model_path=tmp_path / "a.arpa")
+    assert f"kenlm_model_path={tmp_path / 'a.arpa'} holds no n-gram" in message
 
 
 def test_language_model_that_does_not_fit(fails, tmp_path):

@@ -17,6 +17,7 @@ class LMBrain(TrainingBrain):
     """Predicts the next token; checkpoints are ranked by the perplexity of the dev text."""
 
     checkpoint_metric = "PPL"
+    parts = ("lm",)
 
     # ---- One batch ----
 

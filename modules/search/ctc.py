@@ -9,6 +9,9 @@ from modules.errors import UserError
 from modules.search.ctc_beam import ctc_beam
 from modules.search.ngram import WordScorer
 
+# How an n-gram's file begins: ARPA, KenLM's binary, and what KenLM unpacks (gzip, bzip2, xz).
+NGRAMS = (b"\\data\\", b"mmap lm http://kheafield.com", b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
+
 
 def ctc_greedy(log_probs, lengths, blank_index=0, forbidden=(1, 2)):
     """Best path: the best token of each frame, repetitions merged, blanks dropped.
@@ -79,9 +82,14 @@ class CTCSearch:
             check_kenlm(kenlm_model_path)
             weights = {"alpha": alpha, "beta": beta}
             known = None if kenlm_missing() else kenlm_model_path
-            self.searcher = CTCBeamSearcher(
-                blank_index, self.labels, kenlm_model_path=known, **weights, **self.pruning
-            )
+            try:
+                self.searcher = CTCBeamSearcher(
+                    blank_index, self.labels, kenlm_model_path=known, **weights, **self.pruning
+                )
+            except OSError as error:
+                raise UserError(
+                    f"kenlm_model_path={known} is no n-gram that KenLM reads: {error}"
+                ) from None
             if known is None:
                 self.searcher.lm = WordScorer(kenlm_model_path, **weights)
 
@@ -126,6 +134,12 @@ def check_kenlm(path):
     """UserError unless the n-gram file is there, and what reads it."""
     if not Path(path).is_file():
         raise UserError(f"kenlm_model_path={path} is no file; give an .arpa or .bin n-gram")
+    with open(path, "rb") as file:
+        if not file.read(1024).lstrip().startswith(NGRAMS):
+            raise UserError(
+                f"kenlm_model_path={path} holds no n-gram; python -m modules.lm.ngram makes one of "
+                "text"
+            )
     missing = kenlm_missing()
     if missing and Path(path).suffix != ".arpa":
         raise UserError(
