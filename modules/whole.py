@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all, whenever a run is killed."""
+"""Files and folders that are there whole or not at all, whenever a run is killed."""
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 
 
@@ -11,3 +12,16 @@ def whole(path):
     beside = Path(f"{path}.partial")
     yield beside
     os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def whole_folder(path):
+    """The same of a folder that is not there yet; one that a killed run left beside is removed."""
+    with whole(path) as beside:
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            beside.mkdir(parents=True)
+            yield beside
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise

@@ -12,6 +12,7 @@ import torch
 from modules.digests import SUMS, sha256
 from modules.errors import UserError
 from modules.tensors import load_tensors
+from modules.whole import whole
 
 NOTES = "RELEASE.md"
 HEAD = """# Checkpoints
@@ -95,10 +96,12 @@ def sum_up(output):
                 f"{facts['dtype']} | {facts['parameters'] / 1e6:.2f} M | {test_set} | {rate} | "
                 f"`{facts['sha256']}` |"
             )
-    (output / NOTES).write_text(HEAD + "\n".join(table) + "\n", encoding="utf-8")
+    with whole(output / NOTES) as beside:
+        beside.write_text(HEAD + "\n".join(table) + "\n", encoding="utf-8")
     files = sorted(p for p in output.iterdir() if p.is_file() and p.name != SUMS)
     lines = [f"{sha256(p)}  {p.name}\n" for p in files]
-    (output / SUMS).write_text("".join(lines), encoding="utf-8")
+    with whole(output / SUMS) as beside:
+        beside.write_text("".join(lines), encoding="utf-8")
 
 
 def check_sums(output):

@@ -13,6 +13,7 @@ from inference.release.assets import unpack
 from modules.checkpoints import Checkpointer
 from modules.command import plain_errors
 from modules.errors import UserError
+from modules.whole import whole_folder
 
 EXAMPLES = """
 example, a model of digits trained on with speech of your own:
@@ -27,7 +28,7 @@ taken over; the optimiser, the learning rate's schedule and the count of epochs 
 
 
 def start(source, output):
-    """Write OUTPUT/save/CKPT+... of a package; returns its path."""
+    """Write OUTPUT/save/CKPT+... of a package, whole or not at all; returns its path."""
     source, output = Path(source), Path(output)
     if output.exists():
         raise UserError(f"{output} exists; give another folder")
@@ -39,12 +40,13 @@ def start(source, output):
         # A checkpoint numbers the parts in the order of the recipes' `model`, which is this one.
         model = torch.nn.ModuleList(parts[name] for name in MODEL if name in parts)
         recoverables = {"model": model, "normalizer": parts["normalize"]}
-        # Worse than whatever training will reach, so that its own checkpoints are averaged.
-        meta = {"WER": float("inf"), "ACC": 0.0, "epoch": 0}
-        checkpoint = Checkpointer(output / "save", recoverables).save_checkpoint(meta=meta)
-        if (package / "tokenizer.ckpt").is_file():
-            shutil.copyfile(package / "tokenizer.ckpt", output / "save" / "tokenizer.model")
-    return checkpoint.path
+        with whole_folder(output) as beside:
+            # Worse than whatever training will reach, so that its own checkpoints are averaged.
+            meta = {"WER": float("inf"), "ACC": 0.0, "epoch": 0}
+            checkpoint = Checkpointer(beside / "save", recoverables).save_checkpoint(meta=meta)
+            if (package / "tokenizer.ckpt").is_file():
+                shutil.copyfile(package / "tokenizer.ckpt", beside / "save" / "tokenizer.model")
+    return output / "save" / checkpoint.path.name
 
 
 def main():
@@ -57,7 +59,7 @@ def main():
     parser.add_argument("package", metavar="PACKAGE", help="NAME.tar.gz, or a package's folder")
     parser.add_argument("output", metavar="OUTPUT", help="the folder to make")
     arguments = parser.parse_args()
-    with plain_errors():
+    with plain_errors("interrupted; nothing is written", "nothing is written"):
         path = start(arguments.package, arguments.output)
         print(f"wrote {path}; train with --resume {arguments.output}")
 

@@ -15,6 +15,7 @@ from inference.release.building import build, check
 from inference.release.hearing import heard, listen
 from inference.release.start import start
 from inference.report.alignments import read_alignments
+from modules.checkpoints import Checkpointer
 from modules.errors import UserError
 from modules.tensors import load_tensors
 from tests.recipes import runs
@@ -197,3 +198,16 @@ def test_training_begins_with_a_release(run, release, tmp_path):
     assert again < 0.7 * first and path.is_dir()
     with pytest.raises(UserError, match="exists; give another folder"):
         start(release / "tones.tar.gz", tmp_path / "start")
+
+
+def test_a_beginning_that_cannot_be_written_is_not_there(release, tmp_path, monkeypatch):
+    saved = Checkpointer.save_checkpoint
+
+    def full(self, *args, **kwargs):
+        saved(self, *args, **kwargs)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Checkpointer, "save_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        start(release / "tones.tar.gz", tmp_path / "start")
+    assert not list(tmp_path.iterdir())
