@@ -5,28 +5,19 @@ python librispeech_prepare.py LibriSpeech manifests --train train-clean-100 --de
 
 import argparse
 import logging
-import math
 import os
-from collections import Counter
 
 from modules.command import count, plain_errors
 from modules.corpus.options import check_options, check_outputs, names_of, sentences_per_split
-from modules.corpus.report import EXAMPLES, note_overlaps, quarantine_text, text_report
+from modules.corpus.publish import QUARANTINE, REPORT, publish_reports, write_manifests
+from modules.corpus.report import note_overlaps
 from modules.corpus.shards import write_shards
 from modules.corpus.split import open_split, read_split
-from modules.corpus.store import (
-    fingerprint,
-    locked,
-    manifest_text,
-    remember,
-    unchanged,
-    write_files,
-)
+from modules.corpus.store import fingerprint, locked, unchanged
 from modules.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-REPORT, QUARANTINE = "prepare_report.txt", "quarantine.tsv"
 VERSION = 2  # of what is written; a new one makes every folder prepare again
 
 
@@ -85,54 +76,72 @@ def prepare_librispeech(
     if skip_prep:
         return
     data_folder, save_folder = os.path.abspath(data_folder), os.path.abspath(save_folder)
-    groups = [names_of(s) for s in (tr_splits, dev_splits, te_splits)]
-    splits = [name for group in groups for name in group]
-    merge_lst = names_of(merge_lst)
-    limits = {
-        "sample_rate": sample_rate,
-        "min_seconds": min_seconds,
-        "max_seconds": max_seconds,
-        "max_clipped": max_clipped,
-        "headers_only": headers_only,
+    config = {
+        "version": VERSION,
+        "data_folder": data_folder,
+        "groups": [names_of(s) for s in (tr_splits, dev_splits, te_splits)],
+        "merge": [names_of(merge_lst), merge_name],
+        "limits": {
+            "sample_rate": sample_rate,
+            "min_seconds": min_seconds,
+            "max_seconds": max_seconds,
+            "max_clipped": max_clipped,
+            "headers_only": headers_only,
+        },
+        "allowed_characters": None if allowed_characters is None else [*allowed_characters],
+        "max_bad_fraction": max_bad_fraction,
     }
-    check_options(data_folder, splits, merge_lst, merge_name, max_bad_fraction, limits)
-    wanted = sentences_per_split(select_n_sentences, splits)
-    sources = {split: open_split(data_folder, split) for split in splits}
-    check_outputs(save_folder, sources, merge_lst, merge_name)
-    _make_folder(save_folder)
+    sources = _open_splits(config, save_folder, select_n_sentences)
     with locked(save_folder):
-        config = {
-            "version": VERSION,
-            "data_folder": data_folder,
-            "groups": groups,
-            "wanted": wanted,
-            "merge": [merge_lst, merge_name],
-            "limits": limits,
-            "allowed_characters": None if allowed_characters is None else [*allowed_characters],
-            "max_bad_fraction": max_bad_fraction,
-            "files": {split: fingerprint(source.stats) for split, source in sources.items()},
-        }
-        if (losses := unchanged(save_folder, config)) is not None:
-            logger.info("%s: prepared before, nothing has changed", save_folder)
-            for line in losses:
-                logger.warning("%s; see %s", line, os.path.join(save_folder, REPORT))
+        if _prepared_before(save_folder, config):
             return
-        workers = workers or 2 * (os.cpu_count() or 1)
-        reports = {
-            split: read_split(split, source, wanted[split], allowed_characters, workers, **limits)
-            for split, source in sources.items()
-        }
-        note_overlaps(groups, reports)
-        _publish(data_folder, save_folder, reports, max_bad_fraction)
-        contents = {f"{s}.csv": manifest_text(report.usable) for s, report in reports.items()}
-        if merge_lst:
-            merged = [u for split in merge_lst for u in reports[split].usable]
-            _check_merged(merged, merge_name)
-            contents[merge_name] = manifest_text(merged)
-        write_files(save_folder, contents)
-        losses = [report.summary() for report in reports.values() if report.faults]
-        remember(save_folder, config, contents, losses)
-        logger.info("Wrote %s to %s", ", ".join(contents), save_folder)
+        reports = _read_splits(sources, config, workers)
+        publish_reports(save_folder, config, reports)
+        write_manifests(save_folder, config, reports)
+
+
+def _open_splits(config, save_folder, select_n_sentences):
+    """{split: what lists its utterances}; UserError for options that cannot be meant.
+
+    The sentences wanted of each split, and its files' state, join the configuration.
+    """
+    splits = [name for group in config["groups"] for name in group]
+    check_options(
+        config["data_folder"],
+        splits,
+        *config["merge"],
+        config["max_bad_fraction"],
+        config["limits"],
+    )
+    config["wanted"] = sentences_per_split(select_n_sentences, splits)
+    sources = {split: open_split(config["data_folder"], split) for split in splits}
+    check_outputs(save_folder, sources, *config["merge"])
+    _make_folder(save_folder)
+    config["files"] = {split: fingerprint(source.stats) for split, source in sources.items()}
+    return sources
+
+
+def _prepared_before(save_folder, config):
+    """Whether the folder holds what would be written; its losses are told again."""
+    losses = unchanged(save_folder, config)
+    if losses is None:
+        return False
+    logger.info("%s: prepared before, nothing has changed", save_folder)
+    for line in losses:
+        logger.warning("%s; see %s", line, os.path.join(save_folder, REPORT))
+    return True
+
+
+def _read_splits(sources, config, workers):
+    """{split: its report}: every recording and text is looked at."""
+    workers = workers or 2 * (os.cpu_count() or 1)
+    characters, limits = config["allowed_characters"], config["limits"]
+    reports = {
+        split: read_split(split, source, config["wanted"][split], characters, workers, **limits)
+        for split, source in sources.items()
+    }
+    note_overlaps(config["groups"], reports)
+    return reports
 
 
 def _make_folder(save_folder):
@@ -144,46 +153,6 @@ def _make_folder(save_folder):
         ) from error
     if not os.access(save_folder, os.W_OK):
         raise UserError(f"save_folder={save_folder} cannot be written to; choose another")
-
-
-def _publish(data_folder, save_folder, reports, max_bad_fraction):
-    """Log and write the report; raises UserError if a split is not fit for use."""
-    write_files(
-        save_folder,
-        {
-            REPORT: text_report(data_folder, reports.values()),
-            QUARANTINE: quarantine_text(reports.values()),
-        },
-    )
-    path = os.path.join(save_folder, REPORT)
-    refused = []
-    for report in reports.values():
-        if not report.usable or report.bad_fraction > max_bad_fraction:
-            refused.append(report)
-            continue
-        level = logging.WARNING if report.faults or report.notes else logging.INFO
-        logger.log(level, "\n".join([report.summary(), *report.lines(EXAMPLES)]))
-    if not refused:
-        return
-    lines = []
-    for report in refused:
-        lines += [report.summary(), *report.lines(EXAMPLES)]
-        if not report.usable and not report.faults:
-            lines.append("  the split is empty: no audio (.flac, .wav) and no text was found")
-    fix = "mend the corpus"
-    if all(report.usable for report in refused):
-        worst = max(report.bad_fraction for report in refused)
-        fix += f", or accept the loss with max_bad_fraction={math.ceil(worst * 100) / 100}"
-    raise UserError("\n".join([*lines, f"No manifest was written; {fix}. Full list: {path}"]))
-
-
-def _check_merged(utterances, merge_name):
-    """SpeechBrain wants every id once in a manifest."""
-    if twice := [key for key, n in Counter(u.id for u in utterances).items() if n > 1]:
-        raise UserError(
-            f"{merge_name}: {len(twice)} ids are in more than one of the merged splits, such as "
-            f"{', '.join(twice[:EXAMPLES])}; rename them, or merge other splits"
-        )
 
 
 def parser():
