@@ -37,8 +37,7 @@ class ASRBrain(TrainingBrain):
         self.tokenizer = hparams["tokenizer"]
         self.graphs = self.evaluation_graphs = None
         self.ema = WeightAverage(hparams["model"], getattr(self.hparams, "ema_decay", 0.0))
-        if self.ema.decay:
-            self.checkpointer.add_recoverable("ema", self.ema)
+        self.checkpointer.add_recoverable("ema", self.ema)
 
     # ---- The network ----
 

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+import train_CTC
 from modules.checkpoints import Checkpointer
 from modules.ema import WeightAverage
 from tests.recipes import runs
@@ -37,7 +38,8 @@ def test_without_a_decay_nothing_is_kept():
     before = model.weight.clone()
     with ema.showing():
         assert torch.equal(model.weight, before)
-    assert vars(ema).keys() == {"decay", "shown"}
+    assert vars(ema).keys() == {"decay", "shown", "weights"}
+    assert all(a is b for a, b in zip(ema.weights, model.parameters(), strict=True))
 
 
 def test_validation_checkpoints_and_test_have_the_average(tmp_path, monkeypatch):
@@ -61,3 +63,38 @@ def test_validation_checkpoints_and_test_have_the_average(tmp_path, monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(model.values(), validated, strict=True))
     trained = [state[f"module.{i}"] for i in range(len(validated))]
     assert not any(torch.equal(a, b) for a, b in zip(trained, validated, strict=True))
+
+
+def test_a_run_goes_on_without_the_average_from_the_weights_that_were_trained(
+    tmp_path, monkeypatch
+):
+    options = {"ema_decay": 0.9, "avg_checkpoints": 1, "test_splits": "[test-a]"}
+    runs.train(CTC, tmp_path, number_of_epochs=1, **options)
+    found = Checkpointer(tmp_path / "save").find_checkpoint(max_key="epoch")
+    state = torch.load(found.paramfiles["ema"], weights_only=True)
+    options["ema_decay"] = 0
+
+    # An evaluation is of the average still, whatever the key says now.
+    before = (tmp_path / "wer_test-a.txt").read_text()
+    runs.train(CTC, tmp_path, number_of_epochs=1, skip_train=True, **options)
+    assert (tmp_path / "wer_test-a.txt").read_text() == before
+
+    started, step = [], train_CTC.ASR.fit_batch
+
+    def fit_batch(self, batch):
+        started.append([p.detach().clone() for p in self.hparams.model.parameters()])
+        return step(self, batch)
+
+    monkeypatch.setattr(train_CTC.ASR, "fit_batch", fit_batch)
+    runs.train(CTC, tmp_path, number_of_epochs=2, **options)
+    for i, weight in enumerate(started[0]):
+        assert torch.equal(weight, state[f"module.{i}"])
+    newest = Checkpointer(tmp_path / "save").find_checkpoint(max_key="epoch")
+    assert newest.meta["epoch"] == 2 and "ema" not in newest.paramfiles
+
+    # And with one again: it begins with the weights as they are.
+    started.clear()
+    model = list(torch.load(newest.paramfiles["model"], weights_only=True).values())
+    options["ema_decay"] = 0.9
+    runs.train(CTC, tmp_path, number_of_epochs=3, **options)
+    assert all(torch.equal(a, b) for a, b in zip(started[0], model, strict=True))
