@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
 """Export a packaged model to another runtime: python export.py --model DIR --to onnx"""
 
-import argparse
 import sys
 from pathlib import Path
 
 from inference.export import TARGETS, export, not_exported
-from modules.command import plain_errors
+from modules.command import argument_parser, plain_errors
 
 EXAMPLES = """
 examples:
@@ -36,10 +35,8 @@ exit status: 0 exported; 2 not, and nothing was written.
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Export a package's encoder and CTC head to one file for another runtime.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argument_parser(
+        "Export a package's encoder and CTC head to one file for another runtime.", EXAMPLES
     )
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="the package, or a name on the hub"

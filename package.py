@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
 """Package a trained model: python package.py results/CTC/conmamba_large/3402 --output DIR"""
 
-import argparse
-
 from inference.package import package
-from modules.command import plain_errors
+from modules.command import argument_parser, plain_errors
 
 EXAMPLES = """
 examples:
@@ -24,10 +22,8 @@ then, in Python:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Turn a training's output folder into one folder that transcribes.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argument_parser(
+        "Turn a training's output folder into one folder that transcribes.", EXAMPLES
     )
     parser.add_argument("run", help="the output_folder of a training, with hyperparams.yaml")
     parser.add_argument("--output", required=True, metavar="DIR", help="the package to make")

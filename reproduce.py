@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Run a row of docs/results.md again: python reproduce.py --table digits --row 1"""
 
-import argparse
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from inference.report.rerun import compare, compare_means, filled, measured, run
 from inference.report.results import RESULTS, ROOT, read_results, rows_of, table_of
 from inference.report.rows import commit
 from inference.report.tables import PAGE, write_tables
-from modules.command import plain_errors
+from modules.command import argument_parser, plain_errors
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -34,11 +33,7 @@ exit status: 0 what can be told agrees; 1 something lies outside; 2 a mistake, o
 
 
 def parser():
-    p = argparse.ArgumentParser(
-        description="Run rows of docs/results.md again, and compare.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = argument_parser("Run rows of docs/results.md again, and compare.", EXAMPLES)
     p.add_argument("--table", metavar="NAME", help="a table of docs/results.md")
     p.add_argument("--row", type=int, action="append", metavar="N", help="its number, from 1 (all)")
     p.add_argument("--seed", type=int, action="append", metavar="S", help="one of its seeds (all)")

@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
 """Serve a packaged model over HTTP: python serve.py --model DIR"""
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 from inference.server import check_installed
 from inference.server.limits import MB, Limits
-from modules.command import number, plain_errors, threads
+from modules.command import argument_parser, number, plain_errors, threads
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -35,11 +34,7 @@ exit status: 0 ended by a signal, all done; 2 nothing was begun.
 
 
 def parser():
-    p = argparse.ArgumentParser(
-        description="Serve a packaged model over HTTP.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = argument_parser("Serve a packaged model over HTTP.", EXAMPLES)
     d = Limits()
     p.add_argument(
         "--model", required=True, metavar="DIR", help="the package, or a name on the hub"

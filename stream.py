@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Hear a stream with a packaged model: python stream.py --microphone --model DIR"""
 
-import argparse
 import json
 import shutil
 import sys
@@ -14,7 +13,7 @@ import torch
 from inference import StreamingRecognizer, sources
 from inference.formats import rounded
 from inference.transcript import Final
-from modules.command import number, plain_errors, threads
+from modules.command import argument_parser, number, plain_errors, threads
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -41,11 +40,7 @@ exit status: 0 done; 1 the stream broke off, what came before is written; 2 noth
 
 
 def parser():
-    p = argparse.ArgumentParser(
-        description="Turn speech into text while it is spoken.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = argument_parser("Turn speech into text while it is spoken.", EXAMPLES)
     p.add_argument("input", nargs="?", metavar="FILE", help="a file, or - for raw PCM on stdin")
     p.add_argument("--microphone", action="store_true", help="hear the microphone")
     p.add_argument(

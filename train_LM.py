@@ -18,7 +18,7 @@ from modules.language_model import CLASSES, DESCRIPTION, find_tokenizer
 from modules.lm.brain import LMBrain
 from modules.lm.data import eval_loader_options, load_sentences, train_loader_options
 from modules.lm.text import files_of, read_sentences
-from modules.recipe import locked, save_hyperparams
+from modules.recipe import heading, locked, save_hyperparams
 from modules.resolved import ResolvedYAML
 from modules.whole import whole
 
@@ -119,13 +119,9 @@ def describe(folder):
 
 def summary(path, hparams, brain, train):
     """One screen: model, text, perplexities, files."""
-    parameters = sum(p.numel() for p in hparams["model"].parameters())
+    amount = f"{len(train)} sentences, {train.words} words, {len(train.tokens)} tokens"
     lines = [
-        "",
-        f"model        {path} ({parameters / 1e6:.3f} M parameters)",
-        f"device       {brain.device}, precision {brain.precision}",
-        f"training     {len(train)} sentences, {train.words} words, {len(train.tokens)} tokens an "
-        f"epoch, {hparams['epoch_counter'].current} epochs, {brain.optimizer_step} steps",
+        *heading(path, hparams, brain, amount),
         f"left out     {train.too_long} sentences of more than {hparams['max_tokens']} tokens",
         "",
         f"{'text':<20}{'words':>10}{'PPL token':>12}{'PPL word':>12}",

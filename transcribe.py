@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Transcribe recordings with a packaged model: python transcribe.py FILE... --model DIR"""
 
-import argparse
 import os
 import shutil
 import sys
@@ -15,7 +14,7 @@ from inference.formats import FORMATS
 from inference.jobs import STDIN, find, jobs_of, write
 from inference.listener import check_batch_size
 from inference.windows import limits
-from modules.command import number, plain_errors
+from modules.command import argument_parser, number, plain_errors
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -45,11 +44,7 @@ begun, for a mistake in the command line or in the package.
 
 
 def parser():
-    p = argparse.ArgumentParser(
-        description="Turn recordings into text, with times and confidences of words.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = argument_parser("Turn recordings into text, with times and confidences of words.", EXAMPLES)
     p.add_argument("inputs", nargs="+", metavar="FILE", help='file, folder, "glob" or - for stdin')
     p.add_argument(
         "--model",

@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Search the weights of a language model on the development set: python tune.py RUN --lm PATH"""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import train_CTC
 import train_S2S
 from modules import launch
 from modules.checks import check_writable
-from modules.command import count, number, plain_errors
+from modules.command import argument_parser, count, number, plain_errors
 from modules.errors import UserError
 from modules.options import top_level
 from modules.recipe import script_of
@@ -33,11 +32,7 @@ refused: weights that were chosen on them make their error rates mean nothing.
 
 
 def parser():
-    p = argparse.ArgumentParser(
-        description="Search language model and CTC weights on the development set.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = argument_parser("Search language model and CTC weights on the development set.", EXAMPLES)
     p.add_argument("run", metavar="RUN", help="the output folder of a training")
     p.add_argument("--lm", metavar="PATH", help="CTC: n-gram, .arpa or .bin; S2S: train_LM.py's")
     for name, text in (

@@ -1,7 +1,5 @@
 """Recordings of any rate and channel count -> mono float32 at the model's rate, block by block."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,29 +8,10 @@ import torch
 from torchaudio.functional import resample
 
 from inference.decode import open_file
+from inference.recording import Recording, checked
 from modules.errors import UserError
 
 BLOCK = 10  # s that are resampled at a time, unless a stream wants less
-
-
-class EmptyAudioError(UserError):
-    """A recording without a single sample."""
-
-
-@dataclass(frozen=True)
-class Recording:
-    """Audio that is not read yet.
-
-    name : for messages
-    rate : Hz
-    seconds : its length as far as it is known beforehand, or None
-    blocks : a function of nothing; yields the samples, each time from the start, (N,) float32
-    """
-
-    name: str
-    rate: int
-    seconds: float | None
-    blocks: Callable[[], Iterator[torch.Tensor]]
 
 
 def open_audio(audio, sample_rate=None):
@@ -50,20 +29,8 @@ def open_audio(audio, sample_rate=None):
 
 
 def read(recording, target_rate):
-    """Yield a recording's samples at `target_rate` Hz, in blocks (N,) float32.
-
-    UserError when it is damaged, empty or not finite.
-    """
-    if not 100 <= recording.rate <= 1_000_000:
-        raise UserError(f"{recording.name} has {recording.rate} samples a second; give sound")
-    empty = True
-    for block in resampled(recording.blocks(), recording.rate, target_rate):
-        if not torch.isfinite(block).all():
-            raise UserError(f"{recording.name} holds samples that are not finite; give finite ones")
-        empty = empty and not len(block)
-        yield block
-    if empty:
-        raise EmptyAudioError(f"{recording.name} holds no samples; give audio that is not empty")
+    """Yield a recording's samples at `target_rate` Hz; UserError as of `checked`."""
+    return checked(recording, target_rate, resampled, torch.isfinite)
 
 
 def resampled(blocks, rate, target_rate, seconds=BLOCK):

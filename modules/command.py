@@ -36,6 +36,16 @@ def plain_errors(interrupted="interrupted", then=None, failures=(OSError,)):
         end(f"\n{interrupted}", 130)
 
 
+def argument_parser(description, examples, prog=None):
+    """Of argparse; the help ends in examples, line by line as they are written."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def count(text):
     """A whole number above 0, as a type for argparse."""
     if not text.isdecimal() or not int(text):

@@ -23,6 +23,24 @@ def dt_bias_of(channels, dt_min=1e-3, dt_max=0.1):
     return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
 
 
+def convolve(conv1d, x, lengths, reverse, state, keep=True):
+    """The convolution before a scan: x (B, T, D) -> y (B, T, D), the state after; None unless kept.
+
+    conv1d: holds its weight and bias; state (B, D, K - 1) or None: before the first frame.
+    """
+    y = causal_conv1d(
+        x,
+        conv1d.weight.squeeze(1),
+        conv1d.bias,
+        activation="silu",
+        lengths=lengths,
+        reverse=reverse,
+        initial_state=state,
+        return_state=keep,
+    )
+    return y if keep else (y, None)
+
+
 class SelectiveSSM(nn.Module):
     """One direction: causal convolution, input-dependent dt, B and C, selective scan.
 
@@ -74,17 +92,7 @@ class SelectiveSSM(nn.Module):
             return y.unsqueeze(1), state
         conv_state, ssm_state = (None, None) if state is None else state
         keep = state is not None
-        x = causal_conv1d(
-            x,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            activation="silu",
-            lengths=lengths,
-            reverse=self.reverse,
-            initial_state=conv_state,
-            return_state=keep,
-        )
-        x, conv_state = x if keep else (x, None)
+        x, conv_state = convolve(self.conv1d, x, lengths, self.reverse, conv_state, keep)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = selective_scan(
             x,

@@ -8,8 +8,7 @@ P = d_head channels.
 import torch
 from torch import nn
 
-from modules.mamba import dt_bias_of, run_in_chunks
-from modules.ops.causal_conv1d import causal_conv1d
+from modules.mamba import convolve, dt_bias_of, run_in_chunks
 from modules.ops.gating import gated_mean
 from modules.ops.state_space_dual import state_space_dual
 
@@ -52,16 +51,7 @@ class DualSSM(nn.Module):
         """
         conv_state, ssm_state = (None, None) if state is None else state
         x, dt = x.split([self.conv1d.in_channels, len(self.A_log)], dim=-1)
-        x, conv_state = causal_conv1d(
-            x,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            activation="silu",
-            lengths=lengths,
-            reverse=self.reverse,
-            initial_state=conv_state,
-            return_state=True,
-        )
+        x, conv_state = convolve(self.conv1d, x, lengths, self.reverse, conv_state)
         x, B, C = x.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         y, ssm_state = state_space_dual(
             x.unflatten(2, (-1, self.d_head)),

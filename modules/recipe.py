@@ -99,16 +99,23 @@ def save_hyperparams(path, hparams, overrides):
         beside.write_text(f"# From {Path(path).absolute()}\n{resolved}", encoding="utf-8")
 
 
-def summary(path, hparams, brain, train_hours, tests):
-    """One screen: model, data, error rates, speed, files."""
-    folder = Path(hparams["output_folder"])
+def heading(path, hparams, brain, amount):
+    """A summary's first lines: model, device, and what it was trained with, `amount` an epoch."""
     parameters = sum(p.numel() for p in hparams["model"].parameters())
-    lines = [
+    return [
         "",
         f"model        {path} ({parameters / 1e6:.3f} M parameters)",
         f"device       {brain.device}, precision {brain.precision}",
-        f"training     {train_hours:.2f} h an epoch, {hparams['epoch_counter'].current} epochs, "
+        f"training     {amount} an epoch, {hparams['epoch_counter'].current} epochs, "
         f"{brain.optimizer_step} steps",
+    ]
+
+
+def summary(path, hparams, brain, train_hours, tests):
+    """One screen: model, data, error rates, speed, files."""
+    folder = Path(hparams["output_folder"])
+    lines = [
+        *heading(path, hparams, brain, f"{train_hours:.2f} h"),
         "",
         f"{'test set':<20}{'hours':>8}{'WER %':>9}{'CER %':>9}{'RTF':>9}",
     ]

@@ -1,26 +1,15 @@
 """Recordings -> samples at the model's rate, in numpy; `inference.audio` is PyTorch's."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from inference.decode import open_file
+from inference.recording import Recording, checked
 from modules.errors import UserError
 
 WIDTH, ROLLOFF = 6, 0.99  # of the filter: zero crossings, and its edge under half the lower rate
-
-
-@dataclass(frozen=True)
-class Recording:
-    """Audio that is not read yet: `blocks()` yields arrays (N,) float32 of `rate` Hz."""
-
-    name: str
-    rate: int
-    seconds: float | None
-    blocks: Callable[[], Iterator[np.ndarray]]
 
 
 def open_audio(audio, sample_rate=None):
@@ -41,20 +30,8 @@ def open_audio(audio, sample_rate=None):
 
 
 def read(recording, target_rate):
-    """Yield a recording's samples at `target_rate` Hz, in blocks (N,) float32.
-
-    UserError when it is damaged, empty or not finite.
-    """
-    if not 100 <= recording.rate <= 10_000_000:
-        raise UserError(f"{recording.name} has {recording.rate} samples a second; give sound")
-    empty = True
-    for block in resampled(recording.blocks(), recording.rate, target_rate):
-        if not np.isfinite(block).all():
-            raise UserError(f"{recording.name} holds samples that are not finite; give finite ones")
-        empty = empty and not len(block)
-        yield block
-    if empty:
-        raise UserError(f"{recording.name} holds no samples; give audio that is not empty")
+    """Yield a recording's samples at `target_rate` Hz; UserError as of `checked`."""
+    return checked(recording, target_rate, resampled, np.isfinite)
 
 
 def resampled(blocks, rate, target_rate):

@@ -1,11 +1,10 @@
 """python -m inference.release RUN --name NAME --output DIR: a model as a file of a release."""
 
-import argparse
 import re
 from pathlib import Path
 
 from inference.release.building import KINDS, build, check
-from modules.command import number, plain_errors
+from modules.command import argument_parser, number, plain_errors
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -24,11 +23,10 @@ texts), and SHA256SUMS and RELEASE.md of all models there. docs/releasing.md has
 
 
 def parser():
-    p = argparse.ArgumentParser(
-        prog="python -m inference.release",
-        description="Build and check the files that a release of trained models attaches.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    p = argument_parser(
+        "Build and check the files that a release of trained models attaches.",
+        EXAMPLES,
+        "python -m inference.release",
     )
     p.add_argument("run", nargs="?", metavar="RUN", help="a training's output folder")
     p.add_argument("--name", help="of the model and its files")

@@ -1,6 +1,5 @@
 """python -m inference.release.start PACKAGE OUTPUT: a released model as a training's beginning."""
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,7 +10,7 @@ from inference.files import load_parts, read_config
 from inference.parts import MODEL, build_parts
 from inference.release.assets import unpack
 from modules.checkpoints import Checkpointer
-from modules.command import plain_errors
+from modules.command import argument_parser, plain_errors
 from modules.errors import UserError
 from modules.whole import whole_folder
 
@@ -50,11 +49,10 @@ def start(source, output):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m inference.release.start",
-        description="Turn a released model into a folder that training can --resume.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argument_parser(
+        "Turn a released model into a folder that training can --resume.",
+        EXAMPLES,
+        "python -m inference.release.start",
     )
     parser.add_argument("package", metavar="PACKAGE", help="NAME.tar.gz, or a package's folder")
     parser.add_argument("output", metavar="OUTPUT", help="the folder to make")

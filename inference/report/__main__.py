@@ -1,12 +1,11 @@
 """python -m inference.report RESULTS_FOLDER...: rates with intervals, and where errors are."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from inference.report.folder import runs_of, same_utterances
 from inference.report.render import FORMATS, report
-from modules.command import plain_errors
+from modules.command import argument_parser, plain_errors
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -28,11 +27,10 @@ Rows for docs/results.json: python -m inference.report.rows --help
 
 
 def parser():
-    p = argparse.ArgumentParser(
-        prog="python -m inference.report",
-        description="Error rates with intervals, and errors by word, speaker and length.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    p = argument_parser(
+        "Error rates with intervals, and errors by word, speaker and length.",
+        EXAMPLES,
+        "python -m inference.report",
     )
     p.add_argument("folders", nargs="+", metavar="RESULTS_FOLDER", help="what a training wrote")
     p.add_argument("--against", nargs="+", metavar="OTHER", default=[], help="to compare with")

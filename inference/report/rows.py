@@ -1,6 +1,5 @@
 """python -m inference.report.rows RUN_FOLDER... : rows of docs/results.json from trainings."""
 
-import argparse
 import json
 import os
 import re
@@ -12,7 +11,7 @@ from inference.report.commands import command_of
 from inference.report.folder import runs_of, same_utterances
 from inference.report.rates import character_counts, difference, estimate, word_counts
 from inference.report.results import RESULTS, ROOT, put_row, read_results, write_results
-from modules.command import number, plain_errors
+from modules.command import argument_parser, number, plain_errors
 from modules.errors import UserError
 
 EXAMPLES = """
@@ -35,11 +34,10 @@ Then: python reproduce.py --write-docs
 
 
 def parser():
-    p = argparse.ArgumentParser(
-        prog="python -m inference.report.rows",
-        description="Make rows of docs/results.json from the output folders of trainings.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    p = argument_parser(
+        "Make rows of docs/results.json from the output folders of trainings.",
+        EXAMPLES,
+        "python -m inference.report.rows",
     )
     p.add_argument("folders", nargs="+", metavar="RUN_FOLDER")
     p.add_argument("--table", required=True, metavar="NAME", help="the table that the row is for")

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from pathlib import Path
 
 from inference.report.commands import quoted
 from inference.report.render import markdown_table
@@ -165,7 +164,3 @@ def shown_commands(row, shared):
         words = words + [quoted(w) for option in given if option not in shared for w in option]
         shown.append(f"`{' '.join(words)}`")
     return ", then ".join(shown)
-
-
-def read_page(path=PAGE):
-    return Path(path).read_text(encoding="utf-8")

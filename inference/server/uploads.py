@@ -11,7 +11,7 @@ from pathlib import Path
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from inference.audio import EmptyAudioError
+from inference.recording import EmptyAudioError
 from inference.server.limits import MB, RefusedError
 from modules.errors import UserError
 

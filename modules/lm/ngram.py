@@ -1,6 +1,5 @@
 """A word n-gram for the CTC search: python -m modules.lm.ngram TEXT... --output 3-gram.arpa"""
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from modules.command import plain_errors
+from modules.command import argument_parser, plain_errors
 from modules.errors import UserError
 from modules.lm.arpa import Arpa, write_arpa
 from modules.lm.kneser_ney import BOS, EOS, UNKNOWN, estimate
@@ -39,11 +38,10 @@ then:
 
 
 def parser():
-    p = argparse.ArgumentParser(
-        prog="python -m modules.lm.ngram",
-        description="Train a word n-gram from text and measure its perplexity.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    p = argument_parser(
+        "Train a word n-gram from text and measure its perplexity.",
+        EXAMPLES,
+        "python -m modules.lm.ngram",
     )
     p.add_argument("text", nargs="+", metavar="TEXT", help="files or folders to learn from")
     p.add_argument("--output", required=True, metavar="FILE", help="the model, .arpa or .bin")

@@ -5,43 +5,28 @@ as TRITON_INTERPRET must be set before triton is imported; and the real compiler
 H200, which needs no device.
 """
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 
 from modules.ops.backends import Call
 from modules.ops.causal_conv1d import bidirectional_conv1d, causal_conv1d, triton
-
-INTERPRETED = triton.interpreting()
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-installed = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton comes for Linux alone"
+from tests.ops.interpreted import (
+    DEVICE,
+    INTERPRETED,
+    assert_near,
+    compile_kernel,
+    gpu,
+    installed,
+    outside,
+    run_in_the_interpreter,
+    runs_kernels,
 )
-runs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="runs below test_in_the_interpreter"
-)
-gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-
-
-def run_in_the_interpreter(file):
-    """-> how many of the file's tests passed there; none failed"""
-    command = [sys.executable, "-m", "pytest", "-m", "not gpu", file]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).resolve().parents[2]
-    child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
-    return int(re.search(r"(\d+) passed", child.stdout).group(1))
 
 
 @installed
-@pytest.mark.skipif(INTERPRETED, reason="is what this test starts")
+@outside
 def test_in_the_interpreter():
     assert run_in_the_interpreter(__file__) >= 18
 
@@ -85,14 +70,6 @@ def run(leaves, backend, direction=None, wrt=None, **options):
         )
     mix = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return [y, *torch.autograd.grad((y * mix.to(y)).sum(), wrt or list(leaves.values()))]
-
-
-def assert_near(got, expected, tolerance):
-    """Relative to the largest number of each."""
-    for a, b in zip(got, expected, strict=True):
-        assert a.shape == b.shape and torch.isfinite(a).all()
-        if a.numel():
-            assert (a - b).abs().max() <= tolerance * max(b.abs().max(), 1e-3)
 
 
 def in_double(leaves, backend="naive", **options):
@@ -202,39 +179,6 @@ def test_what_it_refuses():
         assert triton.supports(Call("cuda", torch.float32, **{**call, **change})) != "ok"
     if not INTERPRETED:
         assert "cpu" in triton.supports(Call("cpu", torch.float32, **call))
-
-
-def compile_kernel(kernel, dtype, constants, warps):
-    """-> registers a thread and bytes spilled, as ptxas reports them for sm_90, and the PTX"""
-    import triton as package
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    rows = {"x", "y", "z", "dx", "dy", "dz", "out", "dout"}
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        if name in ("frames", "tile", "channels") or re.fullmatch(r"\w+_[dbt]", name):
-            signature[name] = "i32"
-        elif name == "lengths":
-            signature[name] = "*i64"
-        else:
-            signature[name] = f"*{dtype if name in rows else 'fp32'}"
-        if name not in ("frames", "tile"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps}
-    ptx = package.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        ptxas = Path(package.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-        command = [ptxas, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = int(re.search(r"Used (\d+) registers", report).group(1))
-    return registers, int(re.search(r"(\d+) bytes spill stores", report).group(1)), ptx
 
 
 @installed

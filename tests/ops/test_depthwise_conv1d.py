@@ -5,25 +5,26 @@ Triton runs on a CUDA device, elsewhere in its interpreter, in a process of its 
 
 import pytest
 import torch
-from test_causal_conv1d_triton import (
+from torch import nn
+
+from modules.lengths import zero_padding
+from modules.ops.backends import Call
+from modules.ops.depthwise_conv1d import depthwise_conv1d, triton
+from tests.ops.interpreted import (
     DEVICE,
     INTERPRETED,
     assert_near,
     compile_kernel,
     gpu,
     installed,
+    outside,
     run_in_the_interpreter,
     runs_kernels,
 )
-from torch import nn
-
-from modules.lengths import zero_padding
-from modules.ops.backends import Call
-from modules.ops.depthwise_conv1d import depthwise_conv1d, triton
 
 
 @installed
-@pytest.mark.skipif(INTERPRETED, reason="is what this test starts")
+@outside
 def test_in_the_interpreter():
     assert run_in_the_interpreter(__file__) >= 16
 

@@ -5,23 +5,24 @@ Triton runs on a CUDA device, elsewhere in its interpreter, in a process of its 
 
 import pytest
 import torch
-from test_causal_conv1d_triton import (
+
+from modules.ops.backends import Call
+from modules.ops.gating import gated_mean, triton
+from tests.ops.interpreted import (
     DEVICE,
     INTERPRETED,
     assert_near,
     compile_kernel,
     gpu,
     installed,
+    outside,
     run_in_the_interpreter,
     runs_kernels,
 )
 
-from modules.ops.backends import Call
-from modules.ops.gating import gated_mean, triton
-
 
 @installed
-@pytest.mark.skipif(INTERPRETED, reason="is what this test starts")
+@outside
 def test_in_the_interpreter():
     assert run_in_the_interpreter(__file__) >= 8
 

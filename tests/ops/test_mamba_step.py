@@ -3,13 +3,6 @@
 Triton runs on a CUDA device, elsewhere in its interpreter, in a process of its own.
 """
 
-import importlib.util
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,12 +10,15 @@ from modules.ops.backends import Call
 from modules.ops.causal_conv1d import causal_conv1d
 from modules.ops.mamba_step import available_backends, conv_step, scan_step, triton
 from modules.ops.selective_scan import selective_scan
-
-INTERPRETED = triton.interpreting()
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-runs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="runs below test_in_the_interpreter"
+from tests.ops.interpreted import (
+    DEVICE,
+    INTERPRETED,
+    installed,
+    outside,
+    run_in_the_interpreter,
+    runs_kernels,
 )
+
 SHAPES = [(3, 70, 16, 4), (1, 64, 5, 1), (5, 130, 1, 3), (2, 8, 64, 2)]  # B, D, N, K
 
 
@@ -89,15 +85,10 @@ def test_a_step_is_one_frame_of_the_convolution_and_the_scan(shape, gate):
     torch.testing.assert_close(found, (expected[0][:, 0], expected[1]))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="comes for Linux alone")
-@pytest.mark.skipif(INTERPRETED, reason="is what this test starts")
+@installed
+@outside
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-k", "triton", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).resolve().parents[2]
-    child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", child.stdout).group(1)) >= 16, child.stdout
+    assert run_in_the_interpreter(__file__, "-k", "triton") >= 16
 
 
 @runs_kernels
@@ -132,7 +123,7 @@ def test_triton_leaves_gradients_and_float64_to_torch():
     assert set(available_backends()) == {"torch", "triton"}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="comes for Linux alone")
+@installed
 @pytest.mark.skipif(INTERPRETED, reason="there is no compiler then")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["conv_kernel", "scan_kernel"])

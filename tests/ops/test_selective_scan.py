@@ -12,6 +12,7 @@ from modules.errors import UserError
 from modules.ops import selective_scan as scan_package
 from modules.ops.backends import Backends
 from modules.ops.selective_scan import available_backends, chunked, cuda, naive, selective_scan
+from tests.ops.results import assert_same, results
 
 LEAVES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 # (chunks, steps) of a block: this machine's own choice, the CPU's kind, the CUDA kind.
@@ -44,22 +45,7 @@ def make(frames, batch=3, channels=5, states=4, dtype=torch.float64, leave_out=(
 def run(leaves, backend, **options):
     """-> result, state and the gradients of a fixed mix of both, by name"""
     options = {"dt_softplus": True, **options}
-    y, state = selective_scan(**leaves, **options, return_state=True, backend=backend)
-    generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum()
-        for x in (y, state)
-    )
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return {"y": y, "state": state, **dict(zip(leaves, gradients, strict=True))}
-
-
-def assert_same(got, expected, **tolerance):
-    tolerance = tolerance or {"rtol": 1e-9, "atol": 1e-10}
-    for name in expected:
-        torch.testing.assert_close(
-            got[name], expected[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
+    return results(leaves, *selective_scan(**leaves, **options, return_state=True, backend=backend))
 
 
 @pytest.fixture(params=SHAPES, ids=str)

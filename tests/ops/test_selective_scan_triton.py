@@ -5,11 +5,9 @@ its own, as TRITON_INTERPRET must be set before triton is imported; and the real
 them for an H200, which needs no device.
 """
 
-import importlib.util
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -25,28 +23,23 @@ from modules.ops.selective_scan import (
     selective_scan,
     triton,
 )
+from tests.ops.interpreted import (
+    DEVICE,
+    INTERPRETED,
+    gpu,
+    installed,
+    outside,
+    run_in_the_interpreter,
+    runs_kernels,
+)
 
-INTERPRETED = triton.interpreting()
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-installed = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton comes for Linux alone"
-)
-runs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="runs below test_in_the_interpreter"
-)
-gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 PER_FRAME = ("u", "dt", "z", "B", "C")
 
 
 @installed
-@pytest.mark.skipif(INTERPRETED, reason="is what this test starts")
+@outside
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-m", "not gpu", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).resolve().parents[2]
-    child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", child.stdout).group(1)) >= 20, child.stdout
+    assert run_in_the_interpreter(__file__) >= 20
 
 
 def leaves_of(dtype, *shape, leave_out=()):

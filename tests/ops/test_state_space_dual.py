@@ -7,6 +7,7 @@ from torch.nn import functional as F  # noqa: N812
 from modules.errors import UserError
 from modules.ops.selective_scan import exporting
 from modules.ops.state_space_dual import available_backends, chunked, scan, state_space_dual
+from tests.ops.results import assert_same, results
 
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they save
 
@@ -37,22 +38,7 @@ def make(frames, batch=3, heads=2, channels=3, states=4, dtype=torch.float64, se
 
 def run(leaves, backend, **options):
     """-> result, state and the gradients of a fixed mix of both, by name"""
-    y, state = state_space_dual(**leaves, **options, backend=backend)
-    generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum()
-        for t in (y, state)
-    )
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return {"y": y, "state": state, **dict(zip(leaves, gradients, strict=True))}
-
-
-def assert_same(got, expected, **tolerance):
-    tolerance = tolerance or {"rtol": 1e-9, "atol": 1e-10}
-    for name in expected:
-        torch.testing.assert_close(
-            got[name], expected[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
+    return results(leaves, *state_space_dual(**leaves, **options, backend=backend))
 
 
 @pytest.fixture(params=[(4, 3), (16, 64), None], ids=str)

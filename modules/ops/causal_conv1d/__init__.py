@@ -5,6 +5,7 @@ import torch
 from modules.ops import kernels
 from modules.ops.backends import OK, Backends, Call
 from modules.ops.causal_conv1d import cuda, naive, pytorch, triton
+from modules.ops.shapes import check_shapes
 
 # In the order in which "auto" tries them.
 _backends = Backends(
@@ -113,7 +114,7 @@ def _check(x, weight, bias, activation, lengths, initial_state):
         raise ValueError(
             f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; expected (B, T, D) and (D, K)"
         )
-    batch, frames, channels = x.shape
+    batch, _, channels = x.shape
     kernel = weight.shape[1]
     expected = {
         "weight": (weight, (channels, kernel)),
@@ -121,13 +122,6 @@ def _check(x, weight, bias, activation, lengths, initial_state):
         "lengths": (lengths, (batch,)),
         "initial_state": (initial_state, (batch, channels, kernel - 1)),
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)}; expected {shape}, from x "
-                f"{(batch, frames, channels)} = (B, T, D) and weight {tuple(weight.shape)} = (D, K)"
-            )
+    check_shapes(expected, x=(x, "(B, T, D)"), weight=(weight, "(D, K)"))
     if activation not in (None, "silu"):
         raise ValueError(f"activation is {activation!r}; expected None or 'silu'")
-    if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool):
-        raise ValueError(f"lengths are {lengths.dtype}; expected integers, in frames")

@@ -5,6 +5,7 @@ import torch
 from modules.ops import kernels
 from modules.ops.backends import Backends, Call
 from modules.ops.depthwise_conv1d import pytorch, triton
+from modules.ops.shapes import check_shapes
 
 # In the order in which "auto" tries them. Interpreted, for tests, Triton runs only when asked for.
 _backends = Backends(
@@ -53,9 +54,6 @@ def _check(x, weight, bias, lengths):
         )
     if weight.shape[1] % 2 == 0:
         raise ValueError(f"weight is {tuple(weight.shape)}; expected an odd K to centre it")
-    if bias is not None and bias.shape != x.shape[2:]:
-        raise ValueError(f"bias is {tuple(bias.shape)}; expected {tuple(x.shape[2:])} = (D,)")
-    if lengths.shape != x.shape[:1]:
-        raise ValueError(f"lengths are {tuple(lengths.shape)}; expected {tuple(x.shape[:1])}")
-    if lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise ValueError(f"lengths are {lengths.dtype}; expected integers, in frames")
+    batch, _, channels = x.shape
+    expected = {"bias": (bias, (channels,)), "lengths": (lengths, (batch,))}
+    check_shapes(expected, x=(x, "(B, T, D)"))

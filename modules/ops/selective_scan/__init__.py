@@ -5,6 +5,7 @@ import torch
 from modules.ops import kernels
 from modules.ops.backends import Backends, Call
 from modules.ops.selective_scan import chunked, cuda, doubling, naive, scan, scripted, triton
+from modules.ops.shapes import check_shapes
 
 # In the order in which "auto" tries them.
 _backends = Backends(
@@ -174,11 +175,4 @@ def _check(u, dt, A, B, C, D, z, dt_bias, lengths, initial_state):
         "lengths": (lengths, (batch,)),
         "initial_state": (initial_state, (batch, channels, states)),
     }
-    for name, (x, shape) in expected.items():
-        if x is not None and tuple(x.shape) != shape:
-            raise ValueError(
-                f"{name} is {tuple(x.shape)}; expected {shape}, from u {tuple(u.shape)} = "
-                f"(B, T, D) and A {tuple(A.shape)} = (D, N)"
-            )
-    if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool):
-        raise ValueError(f"lengths are {lengths.dtype}; expected integers, in frames")
+    check_shapes(expected, u=(u, "(B, T, D)"), A=(A, "(D, N)"))

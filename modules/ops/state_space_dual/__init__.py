@@ -8,6 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 from modules.ops.backends import Backends, Call
 from modules.ops.padding import padding_mask
 from modules.ops.selective_scan import is_exporting
+from modules.ops.shapes import check_shapes
 from modules.ops.state_space_dual import chunked, naive, scan
 
 # In the order in which "auto" tries them.
@@ -110,11 +111,4 @@ def _check(x, dt, A, B, C, D, dt_bias, lengths, initial_state):
         "lengths": (lengths, (batch,)),
         "initial_state": (initial_state, (batch, heads, channels, states)),
     }
-    for name, (t, shape) in expected.items():
-        if t is not None and tuple(t.shape) != shape:
-            raise ValueError(
-                f"{name} is {tuple(t.shape)}; expected {shape}, from x {tuple(x.shape)} = "
-                f"(B, T, H, P) and B {tuple(B.shape)} = (B, T, N)"
-            )
-    if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool):
-        raise ValueError(f"lengths are {lengths.dtype}; expected integers, in frames")
+    check_shapes(expected, x=(x, "(B, T, H, P)"), B=(B, "(B, T, N)"))

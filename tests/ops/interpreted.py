@@ -1,0 +1,76 @@
+"""Kernels run on a CUDA device, elsewhere in Triton's interpreter, in a process of its own."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from modules.ops.causal_conv1d import triton
+
+INTERPRETED = triton.interpreting()
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton comes for Linux alone"
+)
+outside = pytest.mark.skipif(INTERPRETED, reason="is what this test starts")
+runs_kernels = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="runs below test_in_the_interpreter"
+)
+gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+
+
+def run_in_the_interpreter(file, *options):
+    """-> how many of the file's tests passed there; none failed"""
+    command = [sys.executable, "-m", "pytest", *(options or ("-m", "not gpu")), file]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).resolve().parents[2]
+    child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-2000:]
+    return int(re.search(r"(\d+) passed", child.stdout).group(1))
+
+
+def assert_near(got, expected, tolerance):
+    """Relative to the largest number of each."""
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape and torch.isfinite(a).all()
+        if a.numel():
+            assert (a - b).abs().max() <= tolerance * max(b.abs().max(), 1e-3)
+
+
+def compile_kernel(kernel, dtype, constants, warps):
+    """-> registers a thread and bytes spilled, as ptxas reports them for sm_90, and the PTX"""
+    import triton as package
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    rows = {"x", "y", "z", "dx", "dy", "dz", "out", "dout"}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name in ("frames", "tile", "channels") or re.fullmatch(r"\w+_[dbt]", name):
+            signature[name] = "i32"
+        elif name == "lengths":
+            signature[name] = "*i64"
+        else:
+            signature[name] = f"*{dtype if name in rows else 'fp32'}"
+        if name not in ("frames", "tile"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps}
+    ptx = package.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        ptxas = Path(package.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+        command = [ptxas, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", report).group(1))
+    return registers, int(re.search(r"(\d+) bytes spill stores", report).group(1)), ptx
