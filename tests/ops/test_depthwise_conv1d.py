@@ -161,7 +161,7 @@ def test_arguments_are_checked():
         ((x, weight[:4], bias, lengths), r"weight \(4, 3\)"),
         ((x, weight[:, :2], bias, lengths), "odd K"),
         ((x, weight, bias[:4], lengths), r"bias is \(4,\)"),
-        ((x, weight, bias, lengths[:2]), r"lengths are \(2,\)"),
+        ((x, weight, bias, lengths[:2]), r"lengths is \(2,\)"),
         ((x, weight, bias, lengths / 7), "expected integers"),
     ):
         with pytest.raises(ValueError, match=message):
