@@ -101,6 +101,6 @@ def test_compiled_code_computes_the_same(check):
         env={**os.environ, "TRITON_INTERPRET": "1", "MAMBA_ASR_SCAN_BACKEND": "triton"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
