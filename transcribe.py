@@ -46,6 +46,20 @@ begun, for a mistake in the command line or in the package.
 def parser():
     p = argument_parser("Turn recordings into text, with times and confidences of words.", EXAMPLES)
     p.add_argument("inputs", nargs="+", metavar="FILE", help='file, folder, "glob" or - for stdin')
+    add_model_options(p)
+    p.add_argument("--format", choices=FORMATS, default="txt", help="what to write (txt)")
+    p.add_argument("--output-dir", metavar="DIR", help="a file a recording here, not stdout")
+    p.add_argument(
+        "--word-timestamps",
+        action="store_true",
+        help="json: words with times and confidences too; srt, vtt, tsv: a cue or row a word",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace files in --output-dir")
+    return p
+
+
+def add_model_options(p):
+    """What says which model hears, where, and how."""
     p.add_argument(
         "--model",
         required=True,
@@ -55,13 +69,6 @@ def parser():
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (auto)")
     p.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="recordings heard at once (16)"
-    )
-    p.add_argument("--format", choices=FORMATS, default="txt", help="what to write (txt)")
-    p.add_argument("--output-dir", metavar="DIR", help="a file a recording here, not stdout")
-    p.add_argument(
-        "--word-timestamps",
-        action="store_true",
-        help="json: words with times and confidences too; srt, vtt, tsv: a cue or row a word",
     )
     p.add_argument("--beam", type=int, metavar="N", help="hypotheses kept (the package's number)")
     p.add_argument(
@@ -82,8 +89,6 @@ def parser():
         "(left out: in one piece up to the longest utterance that training and test stage met, "
         "longer ones in windows as long as the training's utterances)",
     )
-    p.add_argument("--overwrite", action="store_true", help="replace files in --output-dir")
-    return p
 
 
 def main():

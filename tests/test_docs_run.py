@@ -106,7 +106,7 @@ def program(page, number, **names):
 
 
 def test_inference(reader, monkeypatch, capsys):
-    assert go_through("inference", quick, reader, monkeypatch, capsys) == 4
+    assert go_through("inference", quick, reader, monkeypatch, capsys) == 5
     assert TEXT in (reader / "subtitles/a.srt").read_text()
     samples, paths = np.zeros(44100, np.float32), ["a.wav", "none.wav"]
     program("inference", 0, samples=samples, paths=paths)
