@@ -88,6 +88,8 @@ class MixedBatchSampler(Sampler):
         generator = torch.Generator().manual_seed(self.seed + epoch)
         luck = torch.rand(len(self.times), generator=generator, dtype=torch.float64)
         counts = (self.times + luck).floor().long()
+        if not counts.any():  # of very small fractions; an epoch has a batch
+            counts[(self.times + luck).argmax()] = 1
         self.chosen = torch.arange(len(counts)).repeat_interleave(counts).tolist()
         self.batches = self.make_batches(self.chosen)
         self.batches.set_epoch(epoch)

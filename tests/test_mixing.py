@@ -58,6 +58,16 @@ def test_every_utterance_comes_as_often_as_it_should():
 
 
 @pytest.mark.parametrize("kind", BATCHES)
+def test_fractions_so_small_that_no_utterance_comes(kind, tmp_path):
+    mixture = MIX | {"train_splits": "[few]", "train_mix": "{few: 0.000001}"}
+    brain, train, _, _ = runs.build(CTC, tmp_path, **mixture, **BATCHES[kind])
+    sampler = train_loader_options(vars(brain.hparams), train)["batch_sampler"]
+    for epoch in (1, 2):
+        sampler.set_epoch(epoch)
+        assert [len(batch) for batch in sampler] == [1]
+
+
+@pytest.mark.parametrize("kind", BATCHES)
 def test_batches_of_a_mixture(kind, tmp_path):
     brain, train, _, _ = runs.build(CTC, tmp_path, **MIX, **BATCHES[kind])
     hparams = vars(brain.hparams)

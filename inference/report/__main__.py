@@ -51,7 +51,7 @@ def run(arguments):
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top} must be at least 1")
     runs, others = runs_of(arguments.folders), runs_of(arguments.against)
-    names = arguments.test_set or list(runs[0].test_sets)
+    names = arguments.test_set or shared([*runs, *others])
     for i, name in enumerate(names):
         found = same_utterances([*runs, *others], name)
         ours, theirs = found[: len(runs)], found[len(runs) :]
@@ -60,6 +60,20 @@ def run(arguments):
         print(FORMATS[arguments.format](report(name, ours, theirs, arguments.top)).rstrip("\n"))
     if arguments.figures:
         draw(arguments.figures, {str(r.path): r for r in [*runs, *others]})
+
+
+def shared(runs):
+    """Names of the test sets that all runs have; UserError if there is none."""
+    names = [n for n in runs[0].test_sets if all(n in r.test_sets for r in runs)]
+    left_out = sorted({n for r in runs for n in r.test_sets} - {*names})
+    if not names:
+        raise UserError(
+            f"no test set is in all of these folders, which have {', '.join(left_out)}; name those "
+            "of one test set"
+        )
+    if left_out:
+        print(f"not in all folders, and left out: {', '.join(left_out)}", file=sys.stderr)
+    return names
 
 
 def draw(folder, runs):

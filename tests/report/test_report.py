@@ -53,6 +53,20 @@ def test_seeds_against_others(folders, monkeypatch, capsys):
     assert {r["speaker"] for r in found["tables"]["by speaker"]} == {"100", "101", "102"}
 
 
+def test_test_sets_that_not_all_have(folders, tmp_path, monkeypatch, capsys):
+    ours, theirs = folders
+    for name, sets in {"more": ("test-clean", "test-mine"), "other": ("test-theirs",)}.items():
+        (tmp_path / name).mkdir()
+        for test_set in sets:
+            text = (ours[0] / "wer_test-clean.txt").read_text()
+            (tmp_path / name / f"wer_{test_set}.txt").write_text(text)
+    status, out, err = call(monkeypatch, capsys, tmp_path / "more", "--against", theirs[0])
+    assert status == 0 and "test-clean" in out and "test-mine" not in out
+    assert "left out: test-mine" in err
+    status, out, err = call(monkeypatch, capsys, tmp_path / "more", "--against", tmp_path / "other")
+    assert (status, out) == (2, "") and "no test set is in all of these folders" in err
+
+
 def test_text_and_markdown(folders, monkeypatch, capsys):
     ours, _ = folders
     _, text, _ = call(monkeypatch, capsys, ours[0], "--top", 3)
