@@ -56,6 +56,8 @@ class PassOn(nn.Module):
 class SpeechBrainASR(ASR):
     """The recipe around SpeechBrain's `TransformerASR`."""
 
+    parts = (*(name for name in ASR.parts if name != "decoder"), "transformer")
+
     def compute_forward(self, batch, stage):
         x, lengths = self.encode(*self.features(batch, stage))
         tokens, _ = self.tokens(batch, "tokens_bos", stage)

@@ -116,12 +116,15 @@ def test_missing_ngram_package_and_file_are_user_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "modules.search.ctc.find_spec", lambda name: None if name == "kenlm" else name
     )
-    (tmp_path / "binary.bin").touch()
+    (tmp_path / "binary.bin").write_bytes(b"mmap lm http://kheafield.com/code format version 5")
     with pytest.raises(UserError, match=r"pip install kenlm`, or give an \.arpa"):
         CTCSearch(LABELS, kenlm_model_path=str(tmp_path / "binary.bin"))
     with pytest.raises(UserError, match=r"no\.arpa is no file"):
         CTCSearch(LABELS, kenlm_model_path=str(tmp_path / "no.arpa"))
-    (tmp_path / "bad.arpa").write_text("words, and no numbers")
+    (tmp_path / "words.arpa").write_text("words, and no numbers")
+    with pytest.raises(UserError, match=r"words\.arpa holds no n-gram; python -m modules\.lm"):
+        CTCSearch(LABELS, kenlm_model_path=str(tmp_path / "words.arpa"))
+    (tmp_path / "bad.arpa").write_text("\\data\\\nwords, and no numbers")
     with pytest.raises(UserError, match=r"bad\.arpa is no ARPA file"):
         CTCSearch(LABELS, kenlm_model_path=str(tmp_path / "bad.arpa"))
 
