@@ -45,12 +45,13 @@ class Restarting:
                 if not self.tells_of_death(error):
                     raise
                 deaths += 1
+                reason = str(error) or "a DataLoader worker is gone"
                 if deaths == self.limit:
                     raise UserError(
-                        f"processes that load data were killed {deaths} times ({error}); often the "
-                        "machine's memory is short: lower --num_workers"
+                        f"processes that load data were killed {deaths} times ({reason}); often "
+                        "the machine's memory is short: lower --num_workers"
                     ) from error
-                logger.warning("%s; all are started again", error or "A DataLoader worker is gone")
+                logger.warning("%s; all are started again", reason)
                 # As SpeechBrain's loader goes on after a checkpoint was read.
                 self.loader._speechbrain_recovery_skip_to = done
                 self.loader._iterator = None  # PyTorch's, of workers that live on
