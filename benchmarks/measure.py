@@ -116,6 +116,26 @@ def intervals(call, device, repeats, clock=time.perf_counter):
     return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
+GRAPH_HELP = (
+    "time replays of a CUDA graph of the calls: what the kernels take, without their launches, as "
+    "in training with --compile_mode reduce-overhead"
+)
+
+
+def replayed(call):
+    """The call recorded as a CUDA graph -> a function that replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles, and fills the allocator
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def peak_bytes(call, device, above=False):
     """The most that the allocator held during a call; None without CUDA.
 

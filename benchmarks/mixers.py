@@ -116,9 +116,10 @@ def measure_mixer(name, batch, frames, options):
     def forward_backward():
         torch.autograd.grad(forward(), inputs, dy, allow_unused=True)
 
+    record = measure.replayed if options.graph else lambda call: call
     settings = {"repeats": options.repeats, "limit": options.limit, "clock": options.clock}
-    both = measure.time_calls(forward_backward, device, **settings)
-    alone = measure.time_calls(forward_without_gradients, device, **settings)
+    both = measure.time_calls(record(forward_backward), device, **settings)
+    alone = measure.time_calls(record(forward_without_gradients), device, **settings)
     return {
         "forward_ms": alone["ms"],
         "forward_backward_ms": both["ms"],
@@ -150,6 +151,7 @@ def parse():
     parser.add_argument("--rounds", type=int, default=1, help="all mixers in turn, so often; of "
                         "each number the least: for a busy machine")  # fmt: skip
     parser.add_argument("--clock", default="wall", choices=measure.CLOCKS, help=measure.CLOCK_HELP)
+    parser.add_argument("--graph", action="store_true", help=measure.GRAPH_HELP)
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--limit", type=float, default=2.0, help="seconds a timing")
     return parser.parse_args()
@@ -186,6 +188,7 @@ def main():
         input=options.input,
         rounds=options.rounds,
         clock=options.clock,
+        graph=options.graph,
     )
 
 

@@ -78,6 +78,7 @@ def measure_backend(shape, options, dtype, backend):
         run(inputs, backend, dy)
 
     def milliseconds(call):
+        call = measure.replayed(call) if options.graph else call
         return measure.time_calls(call, "cuda", options.repeats, limit=options.limit)["ms"]
 
     result = {
@@ -95,7 +96,10 @@ def parse():
     parser.add_argument("--gate", action="store_true", help="with z, as in Mamba; BiMamba has none")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--limit", type=float, default=1.0, help="seconds a timing may take")
+    parser.add_argument("--graph", action="store_true", help=measure.GRAPH_HELP)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--shapes", nargs="+", type=int, default=list(range(len(SHAPES))),
+                        metavar="I", help="numbers of the shapes, from 0")  # fmt: skip
     parser.add_argument("--backends", nargs="+", default=["triton", "mamba_ssm", "chunked"])
     return parser.parse_args()
 
@@ -103,7 +107,7 @@ def parse():
 def main():
     options = parse()
     rows = []
-    for shape in SHAPES:
+    for shape in (SHAPES[i] for i in options.shapes):
         for dtype in (getattr(torch, name) for name in options.dtypes):
             for backend in options.backends:
                 if available_backends()[backend] != "ok":
