@@ -1,7 +1,9 @@
-"""Values of a recipe that cannot be meant, told before any work."""
+"""Values and objects of a recipe that cannot be meant, told before any work."""
 
 import os
 from pathlib import Path
+
+import torch
 
 from modules.errors import UserError
 from modules.options import PRECISIONS, is_number
@@ -120,3 +122,66 @@ def check_writable(key, folder):
         raise UserError(f"{key}={folder}: {place} is a file; give another --{key}")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"{key}={folder}: no permission to write to {place}; give another --{key}")
+
+
+# ---- Objects ----
+
+
+def check_objects(hparams):
+    """Objects that were made, and do not fit each other or cannot do their work."""
+    check_alphabet(hparams)
+    check_sizes(hparams)
+    check_head(hparams, "ctc_head", "encoder")
+    check_head(hparams, "seq_head", "decoder")
+    check_optimizer(hparams)
+
+
+def check_alphabet(hparams):
+    """UserError unless the head has an output a character."""
+    tokens = hparams["tokenizer"]
+    if hasattr(tokens, "labels") and len(tokens) != hparams["output_neurons"]:
+        raise UserError(
+            f"output_neurons={hparams['output_neurons']} does not fit the alphabet, which with "
+            f"blank, bos and eos has {len(tokens)}; set --output_neurons {len(tokens)}"
+        )
+
+
+def check_sizes(hparams):
+    """UserError unless the encoder takes what the frontend gives."""
+    given = getattr(hparams.get("frontend"), "output_size", None)
+    layer = getattr(hparams.get("encoder"), "input_layer", None)
+    if given is not None and layer is not None and layer[0].in_features != given:
+        raise UserError(
+            f"the encoder's input_size={layer[0].in_features} does not fit the frontend, which "
+            f"gives {given} channels a frame; set its channels, or --encoder "
+            f'"{{input_size: {given}}}"'
+        )
+
+
+def check_head(hparams, key, below):
+    """UserError unless a head takes what is below it, and has an output a token."""
+    head, norm = hparams.get(key), getattr(hparams.get(below), "norm", None)
+    if not isinstance(head, torch.nn.Linear) or not isinstance(norm, torch.nn.LayerNorm):
+        return
+    width = norm.normalized_shape[-1]
+    if head.in_features != width:
+        raise UserError(
+            f"{key}: in_features={head.in_features} does not fit the {below}, which gives {width}"
+        )
+    if head.out_features != hparams["output_neurons"]:
+        raise UserError(
+            f"{key}: out_features={head.out_features} does not fit "
+            f"output_neurons={hparams['output_neurons']}"
+        )
+
+
+def check_optimizer(hparams):
+    """UserError where no optimizer can be made, or the rate's schedule has no first step."""
+    try:
+        hparams["opt_class"]([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"opt_class makes no optimizer: {error}") from error
+    for name in ("n_warmup_steps", "total_steps"):
+        if getattr(hparams.get("lr_scheduler"), name, 1) <= 0:
+            value = getattr(hparams["lr_scheduler"], name)
+            raise UserError(f"lr_scheduler: {name}={value} must be positive")

@@ -10,7 +10,7 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 
-from modules.checks import check_values
+from modules.checks import check_objects, check_values
 from modules.errors import Stopped, UserError
 from modules.ops import selective_scan
 from modules.options import describe, load, read_options, top_level, yaml_path
@@ -123,8 +123,7 @@ def start(argv):
     # The process group comes first: what the YAML file creates may ask for the rank.
     sb.utils.distributed.ddp_init_group(run_opts)
     hparams = load(path, overrides)
-    check_alphabet(hparams)
-    check_sizes(hparams)
+    check_objects(hparams)
     selective_scan.set_backend(hparams.get("scan_backend", "auto"))
     return path, hparams, run_opts, overrides
 
@@ -161,28 +160,6 @@ def check_compilation(run_opts, scan_backend):
         raise UserError(
             f"--compile goes with the triton kernels, not with scan_backend={scan_backend} (or "
             "MAMBA_ASR_SCAN_BACKEND); leave out one of them"
-        )
-
-
-def check_alphabet(hparams):
-    """UserError unless the head has an output a character."""
-    tokens = hparams["tokenizer"]
-    if hasattr(tokens, "labels") and len(tokens) != hparams["output_neurons"]:
-        raise UserError(
-            f"output_neurons={hparams['output_neurons']} does not fit the alphabet, which with "
-            f"blank, bos and eos has {len(tokens)}; set --output_neurons {len(tokens)}"
-        )
-
-
-def check_sizes(hparams):
-    """UserError unless the encoder takes what the frontend gives."""
-    given = getattr(hparams.get("frontend"), "output_size", None)
-    layer = getattr(hparams.get("encoder"), "input_layer", None)
-    if given is not None and layer is not None and layer[0].in_features != given:
-        raise UserError(
-            f"the encoder's input_size={layer[0].in_features} does not fit the frontend, which "
-            f"gives {given} channels a frame; set its channels, or --encoder "
-            f'"{{input_size: {given}}}"'
         )
 
 

@@ -129,6 +129,10 @@ def test_yaml_must_come_first(capfd, monkeypatch):
         (["--kernel_size", "4"], "kernel_size=4 must be odd; use 5"),
         (["--ema_decay", "1"], "ema_decay=1 would never leave"),
         (["--frontend", "{channels: [16, 16, 16]}"], '--encoder "{input_size: 32}"'),
+        (["--ctc_head", "{in_features: 3}"], "ctc_head: in_features=3 does not fit the encoder"),
+        (["--ctc_head", "{out_features: 30}"], "ctc_head: out_features=30 does not fit"),
+        (["--opt_class", "{lr: a}"], "opt_class makes no optimizer"),
+        (["--lr_scheduler", "{n_warmup_steps: 0}"], "n_warmup_steps=0 must be positive"),
     ],
 )
 def test_names_and_values(fails, tmp_path, words, message):
