@@ -41,7 +41,7 @@ class Reverberation(nn.Module):
         room = torch.randn(len(waveforms), len(time), device=waveforms.device)
         room = room * torch.exp(-3 * math.log(10) * time / self.sample_rate / rt60)
         room = room / room.norm(dim=1, keepdim=True) * 10 ** (-drr / 20)
-        points = waveforms.shape[1] + len(time)
+        points = transform_length(waveforms.shape[1] + len(time))
         spectrum = torch.fft.rfft(waveforms, points)
         response = 1 + torch.fft.rfft(nn.functional.pad(room, (1, 0)), points)
         return torch.fft.irfft(spectrum * response, points)[:, : waveforms.shape[1]]
@@ -49,7 +49,18 @@ class Reverberation(nn.Module):
 
 def coloured_noise(waveforms):
     """Noise like (B, N), of a colour from white to brown: power falls with frequency's square."""
-    spectrum = torch.fft.rfft(torch.randn_like(waveforms))
+    points = transform_length(waveforms.shape[1])
+    noise = torch.randn(len(waveforms), points, device=waveforms.device)
+    spectrum = torch.fft.rfft(noise)
     slope = torch.rand(len(waveforms), 1, device=waveforms.device)
     frequency = torch.arange(1, spectrum.shape[1] + 1, device=waveforms.device)
-    return torch.fft.irfft(spectrum * frequency**-slope, waveforms.shape[1])
+    return torch.fft.irfft(spectrum * frequency**-slope, points)[:, : waveforms.shape[1]]
+
+
+def transform_length(samples):
+    """As many samples or up to a quarter more: few lengths, of small factors.
+
+    cuFFT makes a plan for every length, with tables as long, and PyTorch keeps them.
+    """
+    step = 1 << max(samples.bit_length() - 3, 0)
+    return -(-samples // step) * step

@@ -17,6 +17,9 @@ class Stopped(KeyboardInterrupt):
 
 
 def out_of_memory(error):
-    """Whether that is why PyTorch failed; on CPU and MPS the text alone tells."""
-    words = "out of memory", "can't allocate memory", "not enough memory"
+    """Whether that is why PyTorch failed; on CPU and MPS the text alone tells.
+
+    cuFFT calls it an internal error (github.com/pytorch/pytorch/issues/119420).
+    """
+    words = "out of memory", "can't allocate memory", "not enough memory", "CUFFT_INTERNAL_ERROR"
     return type(error).__name__ == "OutOfMemoryError" or any(w in str(error) for w in words)

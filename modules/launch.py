@@ -17,6 +17,7 @@ from modules.options import describe, load, read_options, top_level, yaml_path
 from modules.signals import EXIT_STOPPED
 from modules.tensors import check_environment
 
+FFT_PLANS = 64  # of features, rooms and noise, for a few sizes of a batch
 HELP = """Train and evaluate a speech recogniser.
 
 usage: python {script} HPARAMS.yaml [--key value ...]
@@ -117,6 +118,7 @@ def start(argv):
         sys.exit(0)
     run_opts, overrides = read_options(argv, defaults)
     run_opts = choose_device(run_opts)
+    limit_fft_plans(run_opts.device)
     values = top_level(path, overrides)
     check_values(values, run_opts)
     check_compilation(run_opts, values.get("scan_backend", "auto"))
@@ -179,6 +181,17 @@ def choose_device(run_opts):
     return dataclasses.replace(
         run_opts, **chosen, overridden_args=run_opts.overridden_args | set(chosen)
     )
+
+
+def limit_fft_plans(device):
+    """Let PyTorch keep few of cuFFT's plans.
+
+    It keeps 4,096, each for one size of a batch and with memory of its own: batches of all sizes
+    fill a GPU with them within minutes (github.com/pytorch/pytorch/issues/94893).
+    """
+    if device.startswith("cuda"):
+        plans, index = torch.backends.cuda.cufft_plan_cache, torch.device(device).index
+        (plans if index is None else plans[index]).max_size = FFT_PLANS
 
 
 def best_device():

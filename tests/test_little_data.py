@@ -11,7 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from inference import Recognizer
 from inference.package import package
-from modules.augmentation import Reverberation, coloured_noise
+from modules import launch
+from modules.augmentation import Reverberation, coloured_noise, transform_length
 from modules.encoder import Encoder
 from modules.encoder_layer import DropPath
 from modules.errors import UserError
@@ -116,6 +117,34 @@ def test_noise_is_of_many_colours():
     slope = torch.log(power[:, 10:100].mean(1) / power[:, 1000:8000].mean(1))
     assert slope.min() < 1 and slope.max() > 8
     assert power.isfinite().all()
+
+
+def test_lengths_of_transforms_are_few():
+    lengths = [transform_length(n) for n in range(1, 60 * 16000)]
+    assert all(n <= got <= max(1.25 * n, n + 1) for n, got in enumerate(lengths, start=1))
+    assert len(set(lengths[16000:])) < 30
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_of_all_sizes_do_not_fill_a_gpu():
+    launch.limit_fft_plans("cuda")
+    generator, room = torch.Generator().manual_seed(0), Reverberation()
+
+    def augment(times):
+        for _ in range(times):
+            utterances, samples = (
+                torch.randint(*range_, (), generator=generator).item()
+                for range_ in ((1, 64), (16000, 256000))
+            )
+            coloured_noise(room(torch.randn(utterances, samples, device="cuda")))
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    before = augment(100)
+    assert before - augment(400) < 500e6
+    assert torch.backends.cuda.cufft_plan_cache.size <= launch.FFT_PLANS
 
 
 # ---- In training ----
