@@ -84,7 +84,9 @@ class Backends:
                 raise self._error(name, source, f"cannot run this call: {reason}")
         if (call.device, name) not in self.logged:
             self.logged.add((call.device, name))
-            logger.info("%s on %s: %s backend (%s)", self.operator, call.device, name, source)
+            note = getattr(self.modules[name], "FIRST_CALL", "")
+            text = "%s on %s: %s backend (%s)" + (note and f"; {note}")
+            logger.info(text, self.operator, call.device, name, source)
         return self.modules[name]
 
     def _requested(self, argument: str) -> tuple[str, str]:

@@ -11,7 +11,14 @@ import torch
 from modules.errors import UserError
 from modules.ops import selective_scan as scan_package
 from modules.ops.backends import Backends
-from modules.ops.selective_scan import available_backends, chunked, cuda, naive, selective_scan
+from modules.ops.selective_scan import (
+    available_backends,
+    chunked,
+    cuda,
+    naive,
+    selective_scan,
+    triton,
+)
 from tests.ops.results import assert_same, results
 
 LEAVES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
@@ -283,6 +290,15 @@ def test_forced_backends(monkeypatch, caplog):
         selective_scan(**leaves, backend="naive")
     assert used == [chunked, chunked, naive, chunked, naive]
     assert len(caplog.records) == 2  # once a backend
+    assert not any("first calls" in record.getMessage() for record in caplog.records)
+
+
+def test_a_slow_first_call_is_told(monkeypatch, caplog):
+    monkeypatch.setattr(chunked, "FIRST_CALL", triton.FIRST_CALL, raising=False)
+    monkeypatch.setattr(scan_package._backends, "logged", set())
+    with caplog.at_level(logging.INFO, logger="modules.ops.backends"):
+        selective_scan(**make(5))
+    assert "chunked backend (chosen automatically); the first calls compile" in caplog.text
 
     monkeypatch.setenv("MAMBA_ASR_SCAN_BACKEND", "fast")
     with pytest.raises(UserError, match=r"'fast'.*MAMBA_ASR_SCAN_BACKEND.*auto, chunked, naive"):
