@@ -292,6 +292,12 @@ def test_forced_backends(monkeypatch, caplog):
     assert len(caplog.records) == 2  # once a backend
     assert not any("first calls" in record.getMessage() for record in caplog.records)
 
+    monkeypatch.setenv("MAMBA_ASR_SCAN_BACKEND", "fast")
+    with pytest.raises(UserError, match=r"'fast'.*MAMBA_ASR_SCAN_BACKEND.*auto, chunked, naive"):
+        selective_scan(**leaves)
+    with pytest.raises(UserError, match=r"'quick'.*set_backend"):
+        backends.set_default("quick")
+
 
 def test_a_slow_first_call_is_told(monkeypatch, caplog):
     monkeypatch.setattr(chunked, "FIRST_CALL", triton.FIRST_CALL, raising=False)
@@ -299,12 +305,6 @@ def test_a_slow_first_call_is_told(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="modules.ops.backends"):
         selective_scan(**make(5))
     assert "chunked backend (chosen automatically); the first calls compile" in caplog.text
-
-    monkeypatch.setenv("MAMBA_ASR_SCAN_BACKEND", "fast")
-    with pytest.raises(UserError, match=r"'fast'.*MAMBA_ASR_SCAN_BACKEND.*auto, chunked, naive"):
-        selective_scan(**leaves)
-    with pytest.raises(UserError, match=r"'quick'.*set_backend"):
-        backends.set_default("quick")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without CUDA")
