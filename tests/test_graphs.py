@@ -4,10 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 from modules import graphs
 from modules.compilation import compile_layers
 from modules.encoder import Encoder
+from modules.encoder_layer import DropPath
 from modules.mamba import BiMamba
 
 pytestmark = [
@@ -69,6 +72,48 @@ def test_graphs_learn_what_autograd_learns(bf16):
         for module in (ours, theirs):
             module.zero_grad(set_to_none=True)
     assert len(run.graphs) == 2  # the third shape came once
+
+
+class Dropping(nn.Module):
+    """What is left of gelu(weight x): the gradient tells what its backward pass left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+        self.dropout, self.drop_path = nn.Dropout(0.3), DropPath(0.3)
+
+    def forward(self, x, lengths):
+        return self.drop_path(self.dropout(F.gelu(x * self.weight))), lengths
+
+
+def gradient_of_what_is_left(y, x):
+    """(D,), given that weight is 1."""
+    x = x.detach().requires_grad_()
+    whole = F.gelu(x)
+    (slope,) = torch.autograd.grad(whole.sum(), x)
+    return (y / whole * slope * x).detach().sum((0, 1))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_left_out_is_left_out_backward_too(compiled):
+    torch.manual_seed(0)
+    network = Dropping().cuda()
+    if compiled:
+        network.compile(dynamic=True)
+    run = graphs.TrainingGraphs(network, network.parameters())
+    lengths, outputs = torch.tensor([64] * 8).cuda(), []
+    for i in range(5):
+        x = torch.randn(8, 64, 32, generator=torch.Generator().manual_seed(i)).cuda()
+        y, _ = run(x, lengths)
+        expected = gradient_of_what_is_left(y, x)
+        outputs.append((y != 0).float())
+        y.sum().backward()
+        torch.testing.assert_close(network.weight.grad, expected, rtol=1e-3, atol=1e-2)
+        network.zero_grad(set_to_none=True)
+    assert len(run.graphs) == 1
+    left = torch.stack(outputs)
+    assert left.mean() == pytest.approx(0.49, abs=0.15)
+    assert (left[-1] != left[-2]).any()  # every replay draws anew
 
 
 def test_a_discarded_batch_leaves_the_gradients():
