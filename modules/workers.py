@@ -45,7 +45,9 @@ class Restarting:
                 if not self.tells_of_death(error):
                     raise
                 deaths += 1
-                reason = str(error) or "a DataLoader worker is gone"
+                reason = str(error)
+                if "DataLoader worker" not in reason:  # a broken connection's own words
+                    reason = "a DataLoader worker is gone" + (reason and f": {reason}")
                 if deaths == self.limit:
                     raise UserError(
                         f"processes that load data were killed {deaths} times ({reason}); often "
