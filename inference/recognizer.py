@@ -19,7 +19,7 @@ from inference.through import Through
 from inference.windows import WHOLE, WINDOW
 from modules.errors import UserError, out_of_memory
 from modules.language_model import PUBLISHED, find_tokenizer, load_language_model
-from modules.launch import best_device, check_device
+from modules.launch import best_device, check_device, limit_fft_plans
 from modules.lengths import relative
 
 
@@ -54,6 +54,7 @@ class Recognizer(Listener):
         """
         folder = located(folder)
         device = best_device() if device == "auto" else check_device(device)
+        limit_fft_plans(device)
         config = read_config(folder / "config.json")
         change_search(config, folder, beam_size, lm, lm_weight)
         parts = build_parts(config["parts"])
