@@ -98,8 +98,9 @@ def parse():
     parser.add_argument("--limit", type=float, default=1.0, help="seconds a timing may take")
     parser.add_argument("--graph", action="store_true", help=measure.GRAPH_HELP)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--shapes", nargs="+", type=int, default=list(range(len(SHAPES))),
-                        metavar="I", help="numbers of the shapes, from 0")  # fmt: skip
+    numbers = list(range(len(SHAPES)))
+    parser.add_argument("--shapes", nargs="+", type=int, default=numbers, choices=numbers,
+                        help="numbers of the shapes")  # fmt: skip
     parser.add_argument("--backends", nargs="+", default=["triton", "mamba_ssm", "chunked"])
     return parser.parse_args()
 

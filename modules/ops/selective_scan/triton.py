@@ -29,6 +29,7 @@ LEAST = 512  # frames a piece, at least
 # Left to itself the assembler spares registers, for warps that are not there: it waits for every
 # shuffle in turn, and a frame takes twice its time (benchmarks/machine_code.py).
 REGISTERS = 128  # a thread's, where no more are needed
+# The log's words beside the choice of this backend.
 FIRST_CALL = "the first calls compile for up to a minute and a half, once a machine"
 
 
