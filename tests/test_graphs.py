@@ -29,10 +29,10 @@ def float32_is_float32():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def make_encoder():
+def make_encoder(dropout=0.0, **options):
     torch.manual_seed(0)
     mixer = partial(BiMamba, d_state=4)
-    return Encoder(20, 32, 64, 2, mixer, kernel_size=7, dropout=0.0).cuda()
+    return Encoder(20, 32, 64, 2, mixer, kernel_size=7, dropout=dropout, **options).cuda()
 
 
 def batch(shape, i):
@@ -114,6 +114,55 @@ def test_what_is_left_out_is_left_out_backward_too(compiled):
     left = torch.stack(outputs)
     assert left.mean() == pytest.approx(0.49, abs=0.15)
     assert (left[-1] != left[-2]).any()  # every replay draws anew
+
+
+def gradient_by_luck(encoder, run, draws=300):
+    """Mean over draws of what is left out, and the variance of this mean: {parameter: both}."""
+    sums = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in named(encoder)}
+    x, lengths, weight = batch((4, 64), 0)
+    for _ in range(draws):
+        encoder.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            y, _, (tapped,) = run(x, lengths)
+        ((y + tapped).float() * weight).sum().backward()
+        for name, p in named(encoder):
+            sums[name][0] += p.grad
+            sums[name][1] += p.grad**2
+    means = {name: (a / draws, b / draws) for name, (a, b) in sums.items()}
+    return {name: (m, (s - m**2) / (draws - 1)) for name, (m, s) in means.items()}
+
+
+def named(encoder):
+    return [(name, p) for name, p in encoder.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_with_dropout_the_mean_gradient_is_autograd_s(compiled):
+    options = {"dropout": 0.2, "mixer_dropout": 0.2, "drop_path": 0.3}
+    ours, theirs = make_encoder(**options), make_encoder(**options)
+    if compiled:
+        compile_layers(ours)
+
+    def network(encoder, x, lengths):
+        return encoder(x, lengths, taps=(1,))
+
+    def flat(x, lengths):
+        y, lengths, tapped = network(ours, x, lengths)
+        return y, lengths, *tapped
+
+    graph = graphs.TrainingGraphs(flat, ours.parameters())
+
+    def by_graph(x, lengths):
+        y, lengths, *tapped = graph(x, lengths)
+        return y, lengths, tapped
+
+    got = gradient_by_luck(ours, by_graph)
+    expected = gradient_by_luck(theirs, partial(network, theirs))
+    assert len(graph.graphs) == 1
+    for name, (mean, variance) in expected.items():
+        error = (got[name][0] - mean).square().sum()
+        luck = (got[name][1] + variance).sum()
+        assert error < 3 * luck + 1e-4 * mean.square().sum(), name
 
 
 def test_a_discarded_batch_leaves_the_gradients():
