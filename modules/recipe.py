@@ -1,6 +1,7 @@
 """What both training scripts do, in order: prepare, train, evaluate, sum up."""
 
 import inspect
+import math
 import os
 import shlex
 import sys
@@ -59,13 +60,13 @@ def locked(argv, script, run):
 def run(path, hparams, run_opts, overrides, brain_class, dataio_prepare):
     """Run a recipe in an output folder of its own."""
     started = time.monotonic()
-    continued = (Path(hparams["output_folder"]) / "train_log.txt").is_file()
     # Its log is wanted from here on, its copy of the YAML file once nothing can be amiss.
     sb.create_experiment_directory(hparams["output_folder"])
     prepare_manifests(hparams)
     train, valid, tests = dataio_prepare(hparams)
     train_hours = hours(train, times_per_epoch(hparams, train))
     brain = brain_class(hparams, run_opts)
+    brain.clock.since = started
     brain.check_start()
     launch.on_main(save_hyperparams, path, hparams, overrides)
     if not hparams["skip_train"]:
@@ -83,7 +84,8 @@ def run(path, hparams, run_opts, overrides, brain_class, dataio_prepare):
     brain.test(tests, lambda dataset: eval_loader_options(hparams, dataset))
     if if_main_process():
         text = summary(path, hparams, brain, train_hours, tests)
-        text += origin(brain, (time.monotonic() - started) / 60, continued)
+        alone = (time.monotonic() - started) / 60  # an evaluation's
+        text += origin(brain, alone if hparams["skip_train"] else brain.clock.minutes)
         (Path(hparams["output_folder"]) / "summary.txt").write_text(text, encoding="utf-8")
         print(text)
 
@@ -136,15 +138,13 @@ def summary(path, hparams, brain, train_hours, tests):
     return "\n".join(lines)
 
 
-def origin(brain, minutes, continued):
-    """What it takes to do it again, as lines: command, commit, hardware, time.
-
-    continued: whether an earlier process began, whose time is not known.
-    """
+def origin(brain, minutes):
+    """What it takes to do it again, as lines: command, commit, hardware, time."""
+    duration = "unknown" if math.isnan(minutes) else f"{minutes:.1f} min"
     lines = [
         f"commit       {commit()}",
         f"hardware     {hardware(brain.device)}",
-        f"time         {minutes:.1f} min" + (" since it went on" if continued else ""),
+        f"time         {duration}",
         "",
     ]
     # Not when another program calls: its command line is not the recipe's.

@@ -1,7 +1,9 @@
 """Runs that go on where they were stopped, to the bit: what is saved, when, and found again."""
 
 import logging
+import math
 import time
+from pathlib import Path
 
 import speechbrain as sb
 import torch
@@ -40,6 +42,30 @@ class RankStates:
         self.states = torch.load(path, weights_only=True)
 
 
+@register_checkpoint_hooks
+class Clock:
+    """Minutes that a training takes, all its processes together; nan where some are not known.
+
+    It goes on from the checkpoint that is read: work that was done and not saved does not count.
+    """
+
+    def __init__(self):
+        self.before, self.since = 0.0, time.monotonic()
+
+    @property
+    def minutes(self):
+        return self.before + (time.monotonic() - self.since) / 60
+
+    @mark_as_saver
+    def save(self, path):
+        Path(path).write_text(f"{self.minutes}\n", encoding="utf-8")
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        self.before = float(Path(path).read_text(encoding="utf-8"))
+        self.since = time.monotonic()
+
+
 class ResumingBrain(HalvingBrain):
     """Saves within epochs and at a signal, and goes on as if it had never stopped.
 
@@ -54,6 +80,8 @@ class ResumingBrain(HalvingBrain):
         self.checkpointer.allow_partial_load = True
         self.ranks = RankStates()
         self.checkpointer.add_recoverable("ranks", self.ranks)
+        self.clock = Clock()
+        self.checkpointer.add_recoverable("clock", self.clock)
         self.stop_request = StopRequest()
         self.granted = False, False
         self.saved_at = 0.0, 0  # clock, batch of the epoch
@@ -148,6 +176,8 @@ class ResumingBrain(HalvingBrain):
                 self.checkpointer.checkpoints_dir,
                 self.hparams.resume,
             )
+        if self.optimizer_step and not self.clock.before:
+            self.clock.before = math.nan  # the checkpoint is of before there was a clock
         self.check_space()
 
     def on_stage_start(self, stage, epoch=None):

@@ -42,10 +42,8 @@ EVERYTHING = {
 def saved(folder):
     """All that the newest checkpoint holds, by file; the clock's time aside."""
     found = Checkpointer(folder / "save").find_checkpoint()
-    read = {
-        p.name: torch.load(p, weights_only=True) for p in found.path.glob("*.ckpt") if zipped(p)
-    }
-    return read | {p.name: p.read_text() for p in found.path.glob("*.ckpt") if not zipped(p)}
+    files = [p for p in found.path.glob("*.ckpt") if p.name != "clock.ckpt"]
+    return {p.name: torch.load(p, weights_only=True) if zipped(p) else p.read_text() for p in files}
 
 
 def zipped(path):

@@ -1,6 +1,7 @@
 """Stopping, killing and continuing runs; checkpoints that are found, kept and averaged."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -94,6 +95,32 @@ def test_a_finished_run_trains_no_more_and_evaluates_again(straight, tmp_path):
     assert runs.log_lines(straight) == log
     assert runs.files_of(straight / "save") == before
     assert (straight / "wer_test-a.txt").read_text() == wer
+
+
+def test_time_adds_up_over_processes(tmp_path, monkeypatch):
+    """Stopped and continued, each for an hour, and then evaluated once more."""
+    printed, whole = [], runs.train_CTC.ASR.on_fit_start
+
+    def an_hour_later(self):
+        whole(self)
+        self.clock.since -= 3600
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.train_CTC.ASR, "on_fit_start", an_hour_later)
+        printed += [runs.train(CTC, tmp_path, number_of_epochs=n, **runs.PLAIN) for n in (1, 2)]
+    printed.append(runs.train(CTC, tmp_path, number_of_epochs=2, **runs.PLAIN))
+    printed.append(runs.train(CTC, tmp_path, skip_train=True, **runs.PLAIN))
+    minutes = [float(re.search(r"^time +([\d.]+) min$", text, re.M)[1]) for text in printed]
+    assert minutes == pytest.approx([60, 120, 120, 0], abs=5)
+
+
+def test_time_is_not_known_after_a_checkpoint_without(straight, tmp_path):
+    source = max(straight.glob("save/CKPT+*"), key=lambda p: p.stat().st_mtime)
+    older = shutil.ignore_patterns("clock.ckpt", "SHA256SUMS")
+    shutil.copytree(source, tmp_path / "save" / source.name, ignore=older)
+    for _ in range(2):  # the second finds the first one's checkpoint
+        printed = runs.train(CTC, tmp_path, number_of_epochs=3, **runs.PLAIN)
+        assert re.search("^time +unknown$", printed, re.M)
 
 
 @pytest.mark.parametrize("place", ["", "save", "save/CKPT"])
