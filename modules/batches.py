@@ -1,5 +1,6 @@
 """Utterances to batches: dynamic or of fixed size, shuffled, shared out over processes."""
 
+import hashlib
 import math
 
 from speechbrain.dataio.sampler import DynamicBatchSampler, ReproducibleRandomSampler
@@ -103,3 +104,5 @@ class WholeStepSampler(Sampler):
 
     def set_epoch(self, epoch):
         self.batch_sampler.set_epoch(epoch)
+        # Tells this list of batches from any other.
+        self.digest = hashlib.sha256(str(list(self.batch_sampler)).encode()).hexdigest()

@@ -12,7 +12,7 @@ from speechbrain.utils.checkpoints import (
     mark_as_saver,
     register_checkpoint_hooks,
 )
-from speechbrain.utils.distributed import ddp_broadcast
+from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 
 from modules.checkpoints import newest, resumable
 from modules.errors import Stopped, UserError
@@ -101,6 +101,8 @@ class ResumingBrain(HalvingBrain):
             self.stop()  # it came in the last moments
 
     def _fit_train(self, train_set, epoch, enable):
+        if self.step and self.has_other_batches(epoch):
+            self.start_anew(epoch, train_set)
         super()._fit_train(self.restarting(train_set), epoch, enable)
 
     def _fit_valid(self, valid_set, epoch, enable):
@@ -134,6 +136,7 @@ class ResumingBrain(HalvingBrain):
         """Have every process's state ready for the main one to save."""
         self.find_unalignable()
         state = {
+            "batches": self.train_sampler.digest,
             "generators": generator_states(),
             "avg_train_loss": self.avg_train_loss,
             "skipped_batches": self.skipped_batches,
@@ -197,6 +200,27 @@ class ResumingBrain(HalvingBrain):
                 world_size,
             )
         self.saved_at = time.monotonic(), self.step
+
+    def has_other_batches(self, epoch):
+        """Whether the place in the epoch is one in another list: of another corpus, for example.
+
+        Checkpoints of before lists had a digest are taken at their word.
+        """
+        self.train_sampler.set_epoch(epoch)
+        digest = self.train_sampler.digest
+        return any(state.get("batches", digest) != digest for state in self.ranks.states)
+
+    def start_anew(self, epoch, loader):
+        """Forget the place in the epoch, and keep all that was learnt."""
+        if if_main_process():
+            logger.warning(
+                "Epoch %d was stopped after %d batches, and has others now (another corpus, or "
+                "other options): it starts anew, with the weights as they are",
+                epoch,
+                self.step,
+            )
+        self.step, self.avg_train_loss = 0, 0.0
+        loader._speechbrain_recovery_skip_to = None
 
     def restore(self, state):
         set_generator_states(state["generators"])

@@ -1,6 +1,7 @@
 """A run that was stopped within an epoch ends with the very weights of one that never was."""
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,6 +219,29 @@ def test_stopped_in_the_validation(straight, tmp_path, monkeypatch):
     assert not (tmp_path / "train_log.txt").exists()
     runs.train(CTC, tmp_path, **EVERYTHING)
     assert_same_end(tmp_path, folder)
+
+
+def test_a_corpus_that_grew_since_the_stop(tmp_path, monkeypatch):
+    """The epoch starts anew, with all of it; the same epoch of the same corpus goes on."""
+    data = shutil.copytree(runs.corpus(), tmp_path / "data")
+    options = {"number_of_epochs": 1, "ckpt_interval_steps": 2, "data_folder": data}
+    with monkeypatch.context() as patch, pytest.raises(runs.Killed):
+        runs.die_after(patch, 3)
+        runs.train(CTC, tmp_path / "run", **options)
+    runs.write_split(data, "train", 9, 8, seed=9)
+    seen, whole = [], runs.train_CTC.ASR.fit_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            runs.train_CTC.ASR, "fit_batch", lambda self, b: seen.extend(b.id) or whole(self, b)
+        )
+        runs.train(CTC, tmp_path / "run", **options)
+    assert len(seen) == len(set(seen)) == 32
+    (line,) = runs.log_lines(tmp_path / "run")
+    log = (tmp_path / "run/log.txt").read_text()
+    assert log.count("Epoch 1 was stopped after 2 batches, and has others now") == 1
+    with open(tmp_path / "run/train.csv") as manifest:
+        assert len(manifest.readlines()) == 33
+    assert line["steps"] > 2 + 5  # those before the stop count too
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path):
