@@ -1,5 +1,6 @@
 """A YAML file to the objects that it names; of one that cannot be made, its key is told."""
 
+import re
 import traceback
 from pathlib import Path
 
@@ -60,11 +61,25 @@ def load_objects(path, overrides):
         with open(path, encoding="utf-8") as file:
             return load_hyperpyyaml(file, overrides, loader=NamingLoader)
     except NotMadeError as error:
-        raise UserError(f"{path}: {error}") from error.__cause__
+        raise UserError(f"{path}: {error}{keys_behind(path, str(error))}") from error.__cause__
     except (ValueError, KeyError) as error:  # HyperPyYAML's own words about an override
         if isinstance(error, KeyError) and not str(error.args[0]).startswith("Override "):
             raise
         raise UserError(f"{path}: {' '.join(map(str, error.args))}") from error
+
+
+def keys_behind(path, told):
+    """'; num_heads is set by --nhead': the arguments in an error whose keys have other names."""
+    text = Path(path).read_text(encoding="utf-8")
+    why = told.partition("; it is given")[0]
+    made = re.match(r"\w+", why)[0]
+    part = re.search(rf"^{made}:.*\n((?:[ #].*\n|\n)*)", text, re.MULTILINE)  # what is indented
+    named = dict(re.findall(r"(\w+): !ref <(\w+)>", part[1])) if part else {}
+    return "".join(
+        f"; {argument} is set by --{key}"
+        for argument, key in named.items()
+        if argument != key and f" {argument}=" in why
+    )
 
 
 def holds(node, wanted):

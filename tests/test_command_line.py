@@ -260,6 +260,7 @@ def test_unknown_token_type(fails):
 def test_heads_that_do_not_divide_the_model(fails):
     message = fails(CONFORMER, d_model=18)
     assert "d_model=18 is not divisible by num_heads=4" in message
+    assert message.endswith("; num_heads is set by --nhead")
 
 
 def test_unknown_sorting(fails):
