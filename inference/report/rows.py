@@ -23,7 +23,7 @@ examples:
 
 RUN_FOLDERs are the seeds of one configuration: one row. A folder that holds such folders stands for
 them. With --each every RUN_FOLDER is a row of its own, named as the folder; one that cannot be
-read is reported, the others are done, and the exit status is 1.
+read is reported, the others are done, and the exit status is 1; 2 when none can be read.
 
 What a folder tells: hyperparams.yaml the seed and, against the recipe, the options; train_log.txt
 the steps and the dev rates, the mean over the epochs that are averaged; wer_<test set>.txt the test
@@ -68,7 +68,7 @@ def main():
 
 
 def run(arguments):
-    """Make the rows; returns how many could not be made."""
+    """Make the rows; returns why some could not be made. UserError when none could."""
     if arguments.each == (arguments.name is not None):
         raise UserError("give --name for one row, or --each for one a folder")
     if arguments.figure and ":" not in arguments.figure:
@@ -82,23 +82,26 @@ def run(arguments):
         if len(groups) < len(arguments.folders):
             raise UserError("two of the folders have one name; make their rows one by one")
     results = read_results(arguments.results) if arguments.add else None
-    failed = 0
+    failed = []
     for name, folders in groups.items():
         try:
             row = row_of(name, runs_of(folders), others, arguments)
         except UserError as error:
             if not arguments.each:
                 raise
-            failed += 1
-            print(f"error: {name}: {error}", file=sys.stderr)
+            failed.append(f"{name}: {error}")
             continue
         if results is None:
             print(json.dumps(row, ensure_ascii=False))
         else:
             put_row(results, row)
+    if len(failed) == len(groups):
+        raise UserError(f"no row can be made: {'; '.join(failed)}")
+    for text in failed:
+        print(f"error: {text}", file=sys.stderr)
     if results is not None:
         write_results(results, arguments.results)
-        print(f"wrote {len(groups) - failed} rows to {arguments.results}")
+        print(f"wrote {len(groups) - len(failed)} rows to {arguments.results}")
     return failed
 
 

@@ -137,6 +137,19 @@ def test_rows_are_added_and_replaced(tmp_path, monkeypatch, capsys):
     assert low < sum(r["test"]["test-clean"]["WER"] for r in better["runs"]) / 2 < high
 
 
+def test_of_folders_that_are_all_wrong_one_line_tells_each(tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    results = tmp_path / "results.json"
+    write_results({"tables": [], "rows": []}, results)
+    before = results.read_text()
+    words = [tmp_path / "empty", tmp_path / "gone", "--each", "--table", "t", "--add"]
+    status, out, err = call(monkeypatch, capsys, *words, "--results", results)
+    assert (status, out) == (2, "") and len(err.splitlines()) == 1
+    assert err.startswith(f"error: no row can be made: empty: {tmp_path / 'empty'} holds no wer_")
+    assert f"; gone: there is no folder {tmp_path / 'gone'}" in err
+    assert results.read_text() == before
+
+
 def test_mistakes_have_a_line(tmp_path, monkeypatch, capsys):
     one, two = (run_folder(tmp_path / n, 1, dropout=d) for n, d in (("one", 0.1), ("two", 0.2)))
     other = run_folder(tmp_path / "other", 2, dropout=0.3)
