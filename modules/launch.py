@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import logging
 import os
 import sys
 import time
@@ -16,6 +17,9 @@ from modules.ops import selective_scan
 from modules.options import describe, load, read_options, top_level, yaml_path
 from modules.signals import EXIT_STOPPED
 from modules.tensors import check_environment
+
+# Who imports that is warned that figures cannot be saved; there are none here.
+logging.getLogger("speechbrain.utils.train_logger").addFilter(lambda r: "torchvision" not in r.msg)
 
 FFT_PLANS = 64  # of features, rooms and noise, for a few sizes of a batch
 HELP = """Train and evaluate a speech recogniser.

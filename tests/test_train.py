@@ -162,6 +162,7 @@ def test_importing_runs_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+    assert "torchvision" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
