@@ -43,28 +43,32 @@ def assert_near(got, expected, tolerance):
             assert (a - b).abs().max() <= tolerance * max(b.abs().max(), 1e-3)
 
 
-def compile_kernel(kernel, dtype, constants, warps):
-    """-> registers a thread and bytes spilled, as ptxas reports them for sm_90, and the PTX"""
+ROWS = {"u", "dt", "x", "y", "z", "out"}  # and their gradients: in the dtype of the model
+NUMBERS = {"frames", "piece_frames", "tile", "utterances", "reverse_from", "states"}
+
+
+def compile_kernel(kernel, dtype, constants, warps, registers=None, **pointers):
+    """-> registers a thread and bytes spilled, as ptxas reports them for sm_90, and the PTX
+
+    registers: the launch's `maxnreg`; pointers: to what, where neither the dtype nor float32.
+    """
     import triton as package
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    rows = {"x", "y", "z", "dx", "dy", "dz", "out", "dout"}
+    constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
+    pointers = dict.fromkeys(ROWS | {f"d{x}" for x in ROWS}, dtype) | {"lengths": "i64"} | pointers
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name in ("frames", "tile", "channels") or re.fullmatch(r"\w+_[dbt]", name):
-            signature[name] = "i32"
-        elif name == "lengths":
-            signature[name] = "*i64"
-        else:
-            signature[name] = f"*{dtype if name in rows else 'fp32'}"
-        if name not in ("frames", "tile"):
+        number = name in NUMBERS | {"channels"} or re.fullmatch(r"\w+_[bdgt]", name)
+        signature[name] = "i32" if number else f"*{pointers.get(name, 'fp32')}"
+        if name not in NUMBERS:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps}
+    options = {"num_warps": warps, "maxnreg": registers}
     ptx = package.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)

@@ -5,12 +5,6 @@ its own, as TRITON_INTERPRET must be set before triton is imported; and the real
 them for an H200, which needs no device.
 """
 
-import os
-import re
-import subprocess
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 from test_selective_scan import make, run
@@ -26,6 +20,7 @@ from modules.ops.selective_scan import (
 from tests.ops.interpreted import (
     DEVICE,
     INTERPRETED,
+    compile_kernel,
     gpu,
     installed,
     outside,
@@ -299,56 +294,23 @@ def test_compiles_for_an_h200(dtype, states, absent):
     from modules.ops.selective_scan.triton_kernels import forward_kernel
     from modules.ops.selective_scan.triton_sums import message_kernel
 
-    if "total" not in absent:
-        absent = absent | {"total"}
-        first_pass = absent | {"y", "starts", "z", "initial"}
-        assert compile_kernel(forward_kernel, dtype, states, first_pass - {"total"})[1] == 0
-        assert compile_kernel(message_kernel, dtype, states, absent)[1] == 0
-    for kernel, most in ((forward_kernel, 128), (backward_kernel, 255)):
-        registers, spilled = compile_kernel(kernel, dtype, states, absent)
-        assert registers <= most
-        assert spilled <= 400, "bytes, far more than when it was measured"
-
-
-def compile_kernel(kernel, dtype, states, absent):
-    """-> registers a thread and bytes spilled, as ptxas reports them for sm_90"""
-    import triton as package
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants = dict.fromkeys(absent & set(kernel.arg_names))
+    packed = dtype == "bf16"
     given = {"SOFTPLUS": True, "N": states, "CHUNK": triton.CHUNK, "SEGMENT": triton.SEGMENT}
-    given["PACKED"] = dtype == "bf16"
-    constants |= {name: x for name, x in given.items() if name in kernel.arg_names}
-    rows = {"u", "dt", "z", "y", "dy", "du", "ddt", "dz"}
-    numbers = {"frames", "piece_frames", "channels", "utterances", "reverse_from"}
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in numbers or re.fullmatch(r"(u|dt|z|dy)_[gbt]", name):
-            signature[name] = "i32"
-        else:
-            signature[name] = (
-                "*i32"
-                if name == "BC" and given["PACKED"]
-                else "*i64"
-                if name == "lengths"
-                else f"*{dtype if name in rows else 'fp32'}"
-            )
-        if name not in constants and name not in numbers - {"channels"}:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": 1}
-    ptx = package.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        ptxas = Path(package.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-        command = [ptxas, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = int(re.search(r"Used (\d+) registers", report).group(1))
-    return registers, int(re.search(r"(\d+) bytes spill stores", report).group(1))
+    given["PACKED"] = packed
+
+    def compiled(kernel, absent, most=triton.REGISTERS):
+        constants = dict.fromkeys(absent) | given
+        pointers = {"BC": "i32" if packed else "fp32"}
+        return compile_kernel(kernel, dtype, constants, 1, most, **pointers)[:2]
+
+    if "total" not in absent:  # time in pieces
+        assert compiled(forward_kernel, absent | {"y", "starts", "z", "initial"})[1] == 0
+        assert compiled(message_kernel, absent)[1] == 0
+        absent = absent | {"total"}
+    for kernel, most in ((forward_kernel, triton.REGISTERS), (backward_kernel, None)):
+        registers, spilled = compiled(kernel, absent, most)
+        assert registers <= (most or 255)
+        assert spilled <= 400, "bytes, far more than when it was measured"
 
 
 @pytest.mark.gpu
