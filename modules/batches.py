@@ -91,18 +91,24 @@ class WholeStepSampler(Sampler):
     def __init__(self, batch_sampler, accumulation=1, rank=0, world_size=1):
         self.batch_sampler, self.accumulation = batch_sampler, accumulation
         self.rank, self.world_size = rank, world_size
+        self.batches = None  # the epoch's, of all ranks
 
     def __len__(self):
         steps = math.ceil(len(self.batch_sampler) / (self.world_size * self.accumulation))
         return steps * self.accumulation
 
     def __iter__(self):
-        batches = list(self.batch_sampler)
+        batches = list(self.batch_sampler if self.batches is None else self.batches)
         missing = -len(batches) % (self.world_size * self.accumulation)
         batches += [batches[i % len(batches)] for i in range(missing)]
         return iter(batches[self.rank :: self.world_size])
 
     def set_epoch(self, epoch):
         self.batch_sampler.set_epoch(epoch)
-        # Tells this list of batches from any other.
-        self.digest = hashlib.sha256(str(list(self.batch_sampler)).encode()).hexdigest()
+        # Once: SpeechBrain's sampler has another order when it is read again.
+        self.batches = list(self.batch_sampler)
+
+    @property
+    def digest(self):
+        """What tells the epoch's list of batches from any other."""
+        return hashlib.sha256(str(self.batches).encode()).hexdigest()

@@ -9,6 +9,8 @@ from collections import Counter
 
 import pytest
 import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.dataio.sampler import DynamicBatchSampler
 
 from modules.batches import WholeStepSampler
 from tests.recipes import runs
@@ -167,6 +169,27 @@ class Batches:
 
     def __iter__(self):
         return iter([[i] for i in range(len(self))])
+
+
+def test_an_epochs_batches_are_those_of_the_first_reading():
+    """SpeechBrain's sampler has another order when it is read again in an epoch."""
+
+    def dynamic():
+        lengths = [1 + i % 7 for i in range(60)]
+        durations = DynamicItemDataset({str(i): {"duration": x} for i, x in enumerate(lengths)})
+        return DynamicBatchSampler(
+            durations, 12, num_buckets=3, length_func=lambda x: x["duration"]
+        )
+
+    ours, theirs = WholeStepSampler(dynamic()), dynamic()
+    for epoch in (1, 2):
+        for sampler in (ours, theirs):
+            sampler.set_epoch(epoch)
+        first, digest = list(ours), ours.digest
+        assert first == list(theirs)
+        assert first == list(ours) != list(theirs)
+        ours.set_epoch(epoch)
+        assert (list(ours), ours.digest) == (first, digest)
 
 
 @pytest.mark.parametrize("number", [1, 2, 5, 6, 7])
