@@ -50,7 +50,7 @@ def learn(encoder, batch, frames):
 
 def check_encoder(name):
     """AssertionError unless an encoder is compiled well; run in the interpreter."""
-    encoder, sizes = make_encoder(**ENCODERS[name]), ((2, 9), (3, 14))
+    encoder, sizes = make_encoder(**ENCODERS[name]), ((2, 9), (3, 14), (2, 64), (3, 70))
     expected = [learn(encoder, *size) for size in sizes]
     compile_layers(encoder, backend="aot_eager")
     for size, (y, gradients) in zip(sizes, expected, strict=True):

@@ -27,7 +27,9 @@ def supports(call: Call) -> str:
 
 def state_space_dual(x, dt, A, B, C, h):
     """As `naive.state_space_dual`; the products of bfloat16 inputs are bfloat16."""
-    frames, size = x.shape[1], min(chunk_frames(x.device.type), x.shape[1])
+    frames, size = x.shape[1], chunk_frames(x.device.type)
+    if not torch.compiler.is_compiling():  # to which a length as a chunk's size is minutes of algebra
+        size = min(size, frames)
     product = x.dtype if x.dtype == torch.bfloat16 else h.dtype
     x = (dt.unsqueeze(3) * x).to(product)
     x, log_decay, B, C = (_chunks(t, size) for t in (x, dt * A, B.to(product), C.to(product)))
@@ -59,8 +61,11 @@ def decays(log_decay):
 
 def _chunks(t, size):
     """(B, T, ...) -> (B, chunks, size, ...), zeros after the end, which leave a state alone."""
-    spare = -t.shape[1] % size
-    return F.pad(t, (0, 0) * (t.dim() - 2) + (0, spare)).unflatten(1, (-1, size))
+    chunks = t.shape[1] // size + 1
+    if t.shape[1] % size == 0 and not torch.compiler.is_compiling():  # where it were a case apart
+        chunks -= 1
+    spare = chunks * size - t.shape[1]
+    return F.pad(t, (0, 0) * (t.dim() - 2) + (0, spare)).unflatten(1, (chunks, size))
 
 
 def _carry(added, log_decay, h):
