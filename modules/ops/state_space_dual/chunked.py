@@ -28,11 +28,17 @@ def supports(call: Call) -> str:
 def state_space_dual(x, dt, A, B, C, h):
     """As `naive.state_space_dual`; the products of bfloat16 inputs are bfloat16."""
     frames, size = x.shape[1], chunk_frames(x.device.type)
-    if not torch.compiler.is_compiling():  # to which a length as a chunk's size is minutes of algebra
+    if torch.compiler.is_compiling():
+        # A size that is a length takes minutes to trace; no padding would be a graph of its own.
+        chunks = frames // size + 1
+    else:
         size = min(size, frames)
+        chunks = -(-frames // size)
     product = x.dtype if x.dtype == torch.bfloat16 else h.dtype
     x = (dt.unsqueeze(3) * x).to(product)
-    x, log_decay, B, C = (_chunks(t, size) for t in (x, dt * A, B.to(product), C.to(product)))
+    x, log_decay, B, C = (
+        _chunks(t, chunks, size) for t in (x, dt * A, B.to(product), C.to(product))
+    )
     between = decays(log_decay.transpose(2, 3))  # (B, chunks, H, size, size)
     to_end = between[..., -1, :].transpose(2, 3)  # (B, chunks, size, H)
     from_start = log_decay.cumsum(2).exp()
@@ -59,11 +65,8 @@ def decays(log_decay):
     return sums.exp().tril()
 
 
-def _chunks(t, size):
+def _chunks(t, chunks, size):
     """(B, T, ...) -> (B, chunks, size, ...), zeros after the end, which leave a state alone."""
-    chunks = t.shape[1] // size + 1
-    if t.shape[1] % size == 0 and not torch.compiler.is_compiling():  # where it were a case apart
-        chunks -= 1
     spare = chunks * size - t.shape[1]
     return F.pad(t, (0, 0) * (t.dim() - 2) + (0, spare)).unflatten(1, (chunks, size))
 
