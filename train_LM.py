@@ -6,6 +6,7 @@ python train_LM.py hparams/LM/mamba.yaml --train_text "[train.txt]" --dev_text "
 
 import json
 import shutil
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from modules.language_model import CLASSES, DESCRIPTION, find_tokenizer
 from modules.lm.brain import LMBrain
 from modules.lm.data import eval_loader_options, load_sentences, train_loader_options
 from modules.lm.text import files_of, read_sentences
-from modules.recipe import heading, locked, save_hyperparams
+from modules.recipe import heading, locked, save_hyperparams, write_summary
 from modules.resolved import ResolvedYAML
 from modules.whole import whole
 
@@ -81,6 +82,7 @@ def check_texts(hparams):
 
 
 def run(path, hparams, run_opts, overrides):
+    started = time.monotonic()
     folder = Path(hparams["output_folder"])
     check_texts(hparams)
     sb.create_experiment_directory(folder)
@@ -90,6 +92,7 @@ def run(path, hparams, run_opts, overrides):
     if hparams["test_text"]:
         texts["test"] = load_sentences(hparams, "test_text")
     brain = LMBrain(hparams, run_opts)
+    brain.clock.since = started
     brain.check_start()
     launch.on_main(save_hyperparams, path, hparams, overrides)
     if not hparams["skip_train"]:
@@ -104,9 +107,7 @@ def run(path, hparams, run_opts, overrides):
     brain.write_weights(folder / "lm.ckpt")
     if if_main_process():
         describe(folder)
-        text = summary(path, hparams, brain, train)
-        (folder / "summary.txt").write_text(text, encoding="utf-8")
-        print(text)
+        write_summary(hparams, brain, summary(path, hparams, brain, train), started)
 
 
 def describe(folder):

@@ -83,11 +83,15 @@ def run(path, hparams, run_opts, overrides, brain_class, dataio_prepare):
     brain.prepare_test()
     brain.test(tests, lambda dataset: eval_loader_options(hparams, dataset))
     if if_main_process():
-        text = summary(path, hparams, brain, train_hours, tests)
-        alone = (time.monotonic() - started) / 60  # an evaluation's
-        text += origin(brain, alone if hparams["skip_train"] else brain.clock.minutes)
-        (Path(hparams["output_folder"]) / "summary.txt").write_text(text, encoding="utf-8")
-        print(text)
+        write_summary(hparams, brain, summary(path, hparams, brain, train_hours, tests), started)
+
+
+def write_summary(hparams, brain, text, started):
+    """Write and print what came of a run, and what it takes to do it again."""
+    alone = (time.monotonic() - started) / 60  # an evaluation's
+    text += origin(brain, alone if hparams["skip_train"] else brain.clock.minutes)
+    (Path(hparams["output_folder"]) / "summary.txt").write_text(text, encoding="utf-8")
+    print(text)
 
 
 def save_hyperparams(path, hparams, overrides):

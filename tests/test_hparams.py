@@ -17,8 +17,12 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(str(p.relative_to(ROOT / "hparams")) for p in ROOT.glob("hparams/*/*.yaml"))
 RECIPES = [name for name in FILES if name.startswith(("CTC", "S2S"))]
 # What else a file of the family could differ in.
-OF_ONE_CORPUS = {"CTC/conmamba_digits_tiny.yaml", "CTC/conmamba_digits_small.yaml",
-                 "CTC/conmamba_hour_small.yaml", "CTC/conformer_hour_small.yaml"}
+OF_ONE_CORPUS = {
+    "CTC/conmamba_digits_tiny.yaml",
+    "CTC/conmamba_digits_small.yaml",
+    "CTC/conmamba_hour_small.yaml",
+    "CTC/conformer_hour_small.yaml",
+}
 
 # SPEC section 3: millions, with 5000 (S2S) or 31 (CTC) tokens.
 PUBLISHED = {

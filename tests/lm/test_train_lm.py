@@ -76,6 +76,7 @@ def test_it_learns_and_says_how_well(lm, units):
     assert (folder / "tokenizer.ckpt").read_bytes() == units.read_bytes()
     token, word = map(float, re.search(r"dev +\d+ +(\S+) +(\S+)", printed).groups())
     assert 1 < token < 12 < word
+    assert re.search(r"commit +\S+\nhardware +.+\ntime +[\d.]+ min\n", printed)
     average = load_language_model(None, folder)
     tokens = torch.randint(3, 10, (2, 7))
     assert average(tokens).shape == (2, 7, 10)

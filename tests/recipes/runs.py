@@ -59,7 +59,7 @@ TINY_S2S = {
     "valid_search_interval": 1,
 }
 TINY_WORDS = {"output_neurons": 3 + len(WORDS), "token_type": "word"}
-TINY_DIGITS = {"inter_ctc_layers": "[]"}
+TINY_INTER = {"inter_ctc_layers": "[]"}  # of one layer there is none below the last
 TINY_CNN = {"cnn_channels_1": 4, "cnn_channels_2": 4}
 # Nothing random but the order of the utterances, and no statistics that grow batch by batch.
 PLAIN = {
@@ -119,8 +119,8 @@ def arguments(yaml_file, output_folder, **overrides):
         values |= TINY_S2S
     if "subword" in yaml_file or "digits" in yaml_file:
         values |= TINY_WORDS
-    if "digits" in yaml_file:
-        values |= TINY_DIGITS
+    if "digits" in yaml_file or "hour" in yaml_file:
+        values |= TINY_INTER
     values |= overrides
     options = [f"--{key}={value}" for key, value in values.items() if value is not None]
     return [str(ROOT / "hparams" / yaml_file), *options]
