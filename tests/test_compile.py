@@ -63,8 +63,10 @@ def check_encoder(name):
             torch.testing.assert_close(our_gradients[key], gradient, rtol=1e-4, atol=1e-5)
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"], counters["graph_break"]
-    # Without dropout a first layer's input is a view, which to TorchDynamo is another kind.
-    assert counters["stats"]["unique_graphs"] <= 2, counters["stats"]
+    # Without dropout a first layer's input is a view, which to TorchDynamo is another kind; and
+    # what is no longer than a chunk of Mamba-2's another than what is longer.
+    graphs = 4 if name == "mamba2" else 2
+    assert counters["stats"]["unique_graphs"] <= graphs, counters["stats"]
 
 
 def check_convolution():
