@@ -1,12 +1,53 @@
-"""Augmentations that SpeechBrain has not, or not without recordings: rooms, coloured noise.
+"""Augmentations on the device: SpeechBrain's, and rooms and noise, which it has from recordings.
 
-All draw anew for every utterance; SpeechBrain's `Augmenter` runs them.
+All draw anew for every utterance. Nothing here asks the device for a number: the host, which has
+the next kernels to launch, would wait for all that are underway.
 """
 
+import functools
 import math
+import random
 
 import torch
+from speechbrain.augment import augmenter, freq_domain
 from torch import nn
+
+from modules.lengths import valid_frames
+
+
+class Augmenter(augmenter.Augmenter):
+    """All augmentations, one after the other, with the probability `augment_prob`.
+
+    SpeechBrain's draws on the device how many of them to apply.
+    """
+
+    def forward(self, x, lengths):
+        """x (B, T, ...), relative lengths (B,) -> the same."""
+        if random.random() > self.augment_prob:
+            return x, lengths
+        for name, augment in self.augmentations.items():
+            x = augment(x, lengths=lengths) if self.require_lengths[name] else augment(x)
+        return x, lengths
+
+
+class SpectrogramDrop(freq_domain.SpectrogramDrop):
+    """Zeros in place of some stretches of time (`dim` 1) or mel bins (2): SpecAugment.
+
+    As SpeechBrain's, but that what was drawn stays on the device.
+    """
+
+    def forward(self, spectrogram):
+        """(B, T, n_mels) -> the same."""
+        size, most = spectrogram.shape[self.dim], self.drop_count_high
+        draw = functools.partial(torch.randint, device=spectrogram.device)
+        count = draw(self.drop_count_low, most + 1, (1,))
+        shape = len(spectrogram), most, 1
+        start = draw(0, max(1, size), shape)
+        end = start + draw(self.drop_length_low, self.drop_length_high, shape)
+        place = torch.arange(size, device=spectrogram.device)
+        dropped = (start <= place) & (place < end) & valid_frames(count, most).unsqueeze(2)
+        dropped = dropped.any(dim=1).unsqueeze(3 - self.dim)
+        return spectrogram.masked_fill(dropped, 0.0)
 
 
 class Reverberation(nn.Module):

@@ -105,14 +105,19 @@ class ASRBrain(TrainingBrain):
         frames.
         """
         tokens, token_lengths = self.tokens(batch, "tokens", stage)
-        loss = self.hparams.ctc_cost(logits, tokens, lengths, token_lengths)
+        targets = tokens, lengths, token_lengths
+        heads = [logits, *map(self.modules.ctc_head, tapped)]
+        # In one call: in each of PyTorch's CTC the host waits for the device.
+        losses = self.hparams.ctc_cost(
+            *(stack(x) for x in (heads, *([x] * len(heads) for x in targets))), reduction="none"
+        )
+        loss, *others = losses.unflatten(0, (len(heads), -1)).mean(dim=1)
         if stage != sb.Stage.TRAIN:
             return loss
         short = too_few_frames(tokens, lengths, token_lengths)
         self.unalignable.append((short[:: self.hparams.views], batch.id))
-        if tapped:
-            weight, heads = self.hparams.inter_ctc_weight, map(self.modules.ctc_head, tapped)
-            others = [self.hparams.ctc_cost(x, tokens, lengths, token_lengths) for x in heads]
+        if others:
+            weight = self.hparams.inter_ctc_weight
             loss = (1 - weight) * loss + weight * sum(others) / len(others)
         if self.hparams.consistency_weight:
             loss = loss + self.hparams.consistency_weight * consistency_loss(logits, lengths)
@@ -139,7 +144,7 @@ class ASRBrain(TrainingBrain):
     def evaluate_batch(self, batch, stage):
         """SpeechBrain's, on the right device and with a stopwatch for the real-time factor."""
         self.note_unread(batch.unread)
-        batch = batch.to(self.device)
+        batch = self.on_device(batch)
         started = time.perf_counter()
         loss = super().evaluate_batch(batch, stage)
         if batch.lost:
@@ -191,7 +196,20 @@ class ASRBrain(TrainingBrain):
 
     def fit_batch(self, batch):
         self.note_unread(batch.unread)
-        return super().fit_batch(batch.to(self.device))
+        return super().fit_batch(self.on_device(batch))
+
+    # ---- Batches ----
+
+    def make_dataloader(self, *args, **options):
+        """SpeechBrain's; for a GPU batches are pinned, in pages that it can read by itself."""
+        return super().make_dataloader(*args, **options, pin_memory=self.pins())
+
+    def on_device(self, batch):
+        """A batch on the device; the host does not wait for the copy of a pinned one."""
+        return batch.to(self.device, non_blocking=self.pins())
+
+    def pins(self):
+        return torch.device(self.device).type == "cuda"
 
     # ---- Files that cannot be read ----
 
@@ -271,3 +289,8 @@ class ASRBrain(TrainingBrain):
             self.test_set = name
             self.evaluate(dataset, test_loader_kwargs=loader_options(dataset))
         return self.results
+
+
+def stack(tensors):
+    """Batches one after the other; a single one is not copied."""
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]

@@ -179,7 +179,6 @@ def worker_options(hparams):
     options = {
         "num_workers": workers,
         "collate_fn": Batch,
-        "pin_memory": False,
         # PyTorch draws the workers' seeds; with its own generator, not with that of dropout.
         "generator": torch.Generator(),
     }

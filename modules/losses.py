@@ -8,20 +8,20 @@ from torch.nn import functional as F  # noqa: N812
 from modules.lengths import valid_frames, zero_padding
 
 
-def ctc_loss(logits, tokens, lengths, token_lengths, blank_index=0):
+def ctc_loss(logits, tokens, lengths, token_lengths, blank_index=0, reduction="batchmean"):
     """CTC (Graves et al. 2006), summed over each utterance and averaged over the batch.
 
-    logits (B, T, V), tokens (B, U), lengths (B,) frames, token_lengths (B,) -> scalar. An
-    utterance of `too_few_frames` counts zero. PyTorch has no CTC kernel for MPS, so there the
-    loss is taken on the CPU.
+    logits (B, T, V), tokens (B, U), lengths (B,) frames, token_lengths (B,) -> scalar, or with
+    reduction "none" (B,). An utterance of `too_few_frames` counts zero. PyTorch has no CTC kernel
+    for MPS, so there the loss is taken on the CPU.
     """
     device = logits.device
     if device.type == "mps":
         logits, tokens = logits.cpu(), tokens.cpu()
         lengths, token_lengths = lengths.cpu(), token_lengths.cpu()
     labels, columns, first, blank = ctc_columns(tokens, token_lengths, logits.shape[2], blank_index)
-    loss = ColumnCTC.apply(logits, labels, lengths, token_lengths, columns, first, blank)
-    return (loss / tokens.shape[0]).to(device)
+    loss = ColumnCTC.apply(logits, labels, lengths, token_lengths, columns, first, blank).to(device)
+    return loss if reduction == "none" else loss.sum() / len(loss)
 
 
 def ctc_columns(tokens, token_lengths, vocabulary, blank_index):
@@ -42,7 +42,7 @@ def ctc_columns(tokens, token_lengths, vocabulary, blank_index):
 
 
 class ColumnCTC(torch.autograd.Function):
-    """PyTorch's CTC, summed over the batch, on the columns that it looks at.
+    """PyTorch's CTC of each utterance, (B,), on the columns that it looks at.
 
     Elsewhere its gradient with respect to the logits is the softmax, which is written in their
     precision as it is computed: nothing of size (B, T, V) is kept in float32.
@@ -71,16 +71,17 @@ class ColumnCTC(torch.autograd.Function):
             (grad,) = torch.autograd.grad(loss, scores, torch.ones_like(loss))
             grad = grad.gather(2, first.unsqueeze(1).expand_as(index))
             ctx.save_for_backward(logits, index, grad, valid & ~impossible.view(-1, 1, 1))
-        return loss.detach().masked_fill(impossible, 0.0).sum()
+        return loss.detach().masked_fill(impossible, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
         logits, index, column_grad, counts = ctx.saved_tensors
-        grad = torch.empty_like(logits)
+        grad, grad_loss = torch.empty_like(logits), grad_loss.view(-1, 1, 1)
         n = utterances_at_once(logits)
-        for x, out in zip(logits.split(n), grad.split(n), strict=True):
-            torch.mul(x.softmax(dim=2, dtype=column_grad.dtype), grad_loss, out=out)
+        parts = (x.split(n) for x in (logits, grad_loss, grad))
+        for x, factor, out in zip(*parts, strict=True):
+            torch.mul(x.softmax(dim=2, dtype=column_grad.dtype), factor, out=out)
         grad.scatter_(2, index, (column_grad * grad_loss).to(grad.dtype))
         # Not multiplied by zero, which NaN would survive.
         return grad.masked_fill_(~counts, 0.0), *[None] * 6

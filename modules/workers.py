@@ -61,13 +61,15 @@ class Restarting:
     def tells_of_death(self, error):
         """Whether an error is a killed worker's; PyTorch says so, or hands on a broken pipe's.
 
-        A process that is killed closes its connections a moment before it counts as ended.
+        A process that is killed closes its connections a moment before it counts as ended. The
+        thread that pins batches ends by that, and its own words are all that come here.
         """
         if "DataLoader worker" in str(error):
             return True
         workers = getattr(self.loader._speechbrain_iterator, "_workers", [])
-        broken = isinstance(error, BROKEN) and bool(workers)
-        return broken and bool(wait([worker.sentinel for worker in workers], timeout=1))
+        broken = isinstance(error, BROKEN) or "Pin memory thread" in str(error)
+        sentinels = [worker.sentinel for worker in workers]
+        return broken and bool(sentinels and wait(sentinels, timeout=1))
 
 
 def end_workers(loader):

@@ -229,7 +229,7 @@ def test_what_does_not_fit_is_refused(options, words, tmp_path):
 
 def test_words_are_trained_packaged_and_read(tmp_path):
     options = {"token_type": "word", "output_neurons": 3 + len(runs.WORDS), "avg_checkpoints": 1}
-    options |= {"number_of_epochs": 12, "lr_model": 0.01, "test_beam_size": 5}
+    options |= {"number_of_epochs": 30, "lr_model": 0.01, "test_beam_size": 5}
     runs.train(WORDS, tmp_path / "run", **options)
     package(tmp_path / "run", tmp_path / "package")
     labels = json.loads((tmp_path / "package/config.json").read_text())["parts"]["search"]["labels"]

@@ -43,9 +43,16 @@ class Deadly(torch.utils.data.Dataset):
         return i
 
 
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+# With it a thread reads what workers send, where there is a GPU.
+pinned = pytest.mark.parametrize("pin", [False, pytest.param(True, marks=GPU)])
+
+
+@pinned
 @pytest.mark.parametrize("persistent", [False, True])
-def test_workers_that_are_killed_are_started_again(persistent, tmp_path, caplog):
+def test_workers_that_are_killed_are_started_again(persistent, pin, tmp_path, caplog):
     options = {"batch_size": 2, "num_workers": 2, "persistent_workers": persistent}
+    options["pin_memory"] = pin
     loader = SaveableDataLoader(Deadly(tmp_path, 2), **options)
     batches = [batch.tolist() for batch in Restarting(loader)]
     assert batches == [[i, i + 1] for i in range(0, 12, 2)]
@@ -95,13 +102,15 @@ def receive(folder, sender):
     return "whole"
 
 
-def test_a_batch_that_is_cut_off_is_read_again(tmp_path, caplog):
+@pinned
+def test_a_batch_that_is_cut_off_is_read_again(pin, tmp_path, caplog):
     """A killed worker's connections end a moment before it counts as ended."""
     (tmp_path / "left").touch()
-    options = {"num_workers": 1, "persistent_workers": True}
+    options = {"num_workers": 1, "persistent_workers": True, "pin_memory": pin}
     loader = SaveableDataLoader([1, 2], collate_fn=lambda _: CutOff(tmp_path), **options)
     assert list(Restarting(loader)) == ["whole", "whole"]
-    assert caplog.text.count("in the middle of a batch; all are started again") == 1
+    why = "Pin memory thread exited unexpectedly" if pin else "in the middle of a batch"
+    assert caplog.text.count(f"{why}; all are started again") == 1
     end_workers(loader)
 
 
