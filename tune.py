@@ -15,11 +15,12 @@ from modules.recipe import script_of
 from modules.tokenizer import SubwordTokenizer
 from modules.tuning import encoded, measured, read_encoded, save, tune_ctc, tune_s2s
 
+CTC_OPTIONS = ["word_bonus", "token_prune_min_logp"]
 RECIPES = {"train_CTC.py": train_CTC, "train_S2S.py": train_S2S}
 EXAMPLES = """
 examples:
   python tune.py results/CTC/conmamba_small/3402 --lm 3-gram.arpa --lm_weight 0.3,0.6,0.9 \\
-      --word_bonus 0,1,2
+      --word_bonus 0,1 --token_prune_min_logp=-4,-8
   python tune.py results/S2S/conmamba_small/3402 --lm results/LM/mamba/3402 \\
       --lm_weight 0.2,0.4,0.6 --ctc_weight_decode 0.2,0.4
   python tune.py RUN --save dev.pt                       # encode, where the GPU is
@@ -38,6 +39,10 @@ def parser():
     for name, text in (
         ("lm_weight", "weights of the language model to try (0.2,0.4,0.6,0.8)"),
         ("word_bonus", "CTC: bonuses a word (the run's)"),
+        (
+            "token_prune_min_logp",
+            "CTC: tokens below are not tried in a frame (the run's; with an n-gram try =-4,-8)",
+        ),
         ("ctc_weight_decode", "S2S: weights of CTC (the run's)"),
     ):
         p.add_argument(f"--{name}", type=numbers, metavar="A,B,...", help=text)
@@ -45,12 +50,6 @@ def parser():
     p.add_argument("--splits", metavar="A,B", help="development splits (the run's dev_splits)")
     p.add_argument("--utterances", type=count, metavar="N", help="so many of them, evenly spread")
     p.add_argument("--beam", type=count, metavar="N", help="hypotheses kept (the run's)")
-    p.add_argument(
-        "--token_prune_min_logp",
-        type=number,
-        metavar="X",
-        help="CTC: tokens below are not tried in a frame (the run's; with an n-gram try -4)",
-    )
     p.add_argument("--device", help="cuda, cuda:N, mps or cpu (the best present)")
     p.add_argument("--save", metavar="FILE", help="write what was encoded")
     p.add_argument("--encoded", metavar="FILE", help="read it, and no audio")
@@ -86,8 +85,8 @@ def run(arguments):
     if joint:
         tuned = tune_s2s(brain, Path(arguments.lm), weights, arguments.ctc_weight_decode, beam)
     else:
-        prune = arguments.token_prune_min_logp
-        tuned = tune_ctc(brain, arguments.lm, weights, arguments.word_bonus, beam, prune)
+        bonuses, prunes = arguments.word_bonus, arguments.token_prune_min_logp
+        tuned = tune_ctc(brain, arguments.lm, weights, bonuses, beam, prunes)
     report(list(measured(tuned, found, brain)), arguments, joint)
 
 
@@ -126,9 +125,9 @@ def load(run, device):
 
 def check_options(arguments, joint):
     """UserError for what does not go with the run's kind of model, or is not there."""
-    wrong = "word_bonus" if joint else "ctc_weight_decode"
-    if getattr(arguments, wrong) is not None:
-        raise UserError(f"--{wrong} has no meaning for {'an S2S' if joint else 'a CTC'} run")
+    for name in CTC_OPTIONS if joint else ["ctc_weight_decode"]:
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} has no meaning for {'an S2S' if joint else 'a CTC'} run")
     if arguments.lm and joint != Path(arguments.lm).is_dir():
         wanted = "the output folder of train_LM.py" if joint else "a word n-gram, .arpa or .bin"
         raise UserError(f"--lm {arguments.lm}: this run searches with {wanted}")
@@ -167,17 +166,15 @@ def split_names(splits, hparams):
 
 def report(rows, arguments, joint):
     """Print the table, the winner by word error rate, and the options that it takes."""
-    names = ["lm_weight", "ctc_weight_decode" if joint else "word_bonus"]
+    names = ["lm_weight", *(["ctc_weight_decode"] if joint else CTC_OPTIONS)]
     best = min((r for r in rows if "lm_weight" in r[0]), key=lambda r: r[1:])
-    print("".join(f"{n:>20}" for n in names) + f"{'WER %':>10}{'CER %':>10}")
+    print("".join(f"{n:>22}" for n in names) + f"{'WER %':>10}{'CER %':>10}")
     for row in rows:
         cells = [f"{row[0][n]:g}" if n in row[0] else "-" for n in names]
         mark = "  <" if row is best else ""
-        print("".join(f"{c:>20}" for c in cells) + f"{row[1]:>10.2f}{row[2]:>10.2f}{mark}")
+        print("".join(f"{c:>22}" for c in cells) + f"{row[1]:>10.2f}{row[2]:>10.2f}{mark}")
     key = "pretrained_lm_tokenizer_path" if joint else "kenlm_model_path"
     options = {"no_lm": False, key: arguments.lm, **best[0]}
-    if not joint and arguments.token_prune_min_logp is not None:
-        options["token_prune_min_logp"] = arguments.token_prune_min_logp
     if arguments.beam:
         options["test_beam_size"] = arguments.beam
     print("\n" + " ".join(f"--{k} {v}" for k, v in options.items()))

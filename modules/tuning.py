@@ -106,23 +106,24 @@ def read_encoded(path, brain):
 # ---- Searching, often ----
 
 
-def tune_ctc(brain, lm, weights, bonuses=None, beam=None, prune=None):
-    """Yield ({option: value} or None without a language model, search) for each combination.
+def tune_ctc(brain, lm, weights, bonuses=None, beam=None, prunes=None):
+    """Yield ({option: value}, search): without a language model, then for each combination.
 
-    bonuses, beam, prune: None: the run's.
+    bonuses, beam, prunes: None: the run's.
     """
     hparams = brain.hparams
     settings = {
         "beam_size": beam or hparams.test_beam_size,
         "beam_prune_logp": hparams.beam_prune_logp,
-        "token_prune_min_logp": hparams.token_prune_min_logp if prune is None else prune,
     }
-    yield None, CTCSearch(brain.tokenizer.labels, **settings)
-    search = CTCSearch(brain.tokenizer.labels, kenlm_model_path=lm, **settings)
     bonuses = bonuses or [getattr(hparams, "word_bonus", 1.5)]
-    for weight, bonus in itertools.product(weights, bonuses):
-        search.weigh(weight, bonus)
-        yield {"lm_weight": weight, "word_bonus": bonus}, search
+    for prune in prunes or [hparams.token_prune_min_logp]:
+        pruning = {"token_prune_min_logp": prune}
+        yield pruning, CTCSearch(brain.tokenizer.labels, **settings, **pruning)
+        search = CTCSearch(brain.tokenizer.labels, kenlm_model_path=lm, **settings, **pruning)
+        for weight, bonus in itertools.product(weights, bonuses):
+            search.weigh(weight, bonus)
+            yield {"lm_weight": weight, "word_bonus": bonus, **pruning}, search
 
 
 def tune_s2s(brain, folder, weights, ctc_weights=None, beam=None):
@@ -150,7 +151,7 @@ def measured(tuned, found, brain):
     size = brain.hparams.test_batch_size
     for options, search in tuned:
         wer, cer = ErrorRateStats(), ErrorRateStats(split_tokens=True)
-        name = " ".join(f"{k} {v:g}" for k, v in (options or {}).items()) or "without"
+        name = " ".join(f"{k} {v:g}" for k, v in options.items())
         for start in progress(range(0, len(found["x"]), size), name):
             xs = found["x"][start : start + size]
             lengths = torch.tensor([len(x) for x in xs])
@@ -159,7 +160,7 @@ def measured(tuned, found, brain):
             ids = range(start, start + len(xs))
             for metric in (wer, cer):
                 metric.append(ids, [t.split() for t in heard], [t.split() for t in said])
-        yield options or {}, wer.summarize("error_rate"), cer.summarize("error_rate")
+        yield options, wer.summarize("error_rate"), cer.summarize("error_rate")
 
 
 def progress(steps, name):
