@@ -15,12 +15,13 @@ from modules.recipe import script_of
 from modules.tokenizer import SubwordTokenizer
 from modules.tuning import encoded, measured, read_encoded, save, tune_ctc, tune_s2s
 
-CTC_OPTIONS = ["word_bonus", "token_prune_min_logp"]
+# What is tried of a CTC run where nothing is said.
+CTC_OPTIONS = {"word_bonus": [0.0, 1.0], "token_prune_min_logp": [-4.0, -8.0]}
 RECIPES = {"train_CTC.py": train_CTC, "train_S2S.py": train_S2S}
 EXAMPLES = """
 examples:
   python tune.py results/CTC/conmamba_small/3402 --lm 3-gram.arpa --lm_weight 0.3,0.6,0.9 \\
-      --word_bonus 0,1 --token_prune_min_logp=-4,-8
+      --word_bonus 0,1 --token_prune_min_logp -4,-8,-12
   python tune.py results/S2S/conmamba_small/3402 --lm results/LM/mamba/3402 \\
       --lm_weight 0.2,0.4,0.6 --ctc_weight_decode 0.2,0.4
   python tune.py RUN --save dev.pt                       # encode, where the GPU is
@@ -38,11 +39,8 @@ def parser():
     p.add_argument("--lm", metavar="PATH", help="CTC: n-gram, .arpa or .bin; S2S: train_LM.py's")
     for name, text in (
         ("lm_weight", "weights of the language model to try (0.2,0.4,0.6,0.8)"),
-        ("word_bonus", "CTC: bonuses a word (the run's)"),
-        (
-            "token_prune_min_logp",
-            "CTC: tokens below are not tried in a frame (the run's; with an n-gram try =-4,-8)",
-        ),
+        ("word_bonus", "CTC: bonuses a word (0,1)"),
+        ("token_prune_min_logp", "CTC: tokens below are not tried in a frame (-4,-8)"),
         ("ctc_weight_decode", "S2S: weights of CTC (the run's)"),
     ):
         p.add_argument(f"--{name}", type=numbers, metavar="A,B,...", help=text)
@@ -85,8 +83,8 @@ def run(arguments):
     if joint:
         tuned = tune_s2s(brain, Path(arguments.lm), weights, arguments.ctc_weight_decode, beam)
     else:
-        bonuses, prunes = arguments.word_bonus, arguments.token_prune_min_logp
-        tuned = tune_ctc(brain, arguments.lm, weights, bonuses, beam, prunes)
+        grid = [getattr(arguments, name) or tried for name, tried in CTC_OPTIONS.items()]
+        tuned = tune_ctc(brain, arguments.lm, weights, *grid, beam)
     report(list(measured(tuned, found, brain)), arguments, joint)
 
 
@@ -128,6 +126,12 @@ def check_options(arguments, joint):
     for name in CTC_OPTIONS if joint else ["ctc_weight_decode"]:
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} has no meaning for {'an S2S' if joint else 'a CTC'} run")
+    for value in arguments.token_prune_min_logp or []:
+        if value >= 0:
+            raise UserError(
+                f"--token_prune_min_logp {value:g} is the logarithm of a probability, so below 0; "
+                "try -4,-8"
+            )
     if arguments.lm and joint != Path(arguments.lm).is_dir():
         wanted = "the output folder of train_LM.py" if joint else "a word n-gram, .arpa or .bin"
         raise UserError(f"--lm {arguments.lm}: this run searches with {wanted}")

@@ -22,6 +22,10 @@ from modules.language_model import PUBLISHED, find_tokenizer, load_language_mode
 from modules.launch import best_device, check_device, limit_fft_plans
 from modules.lengths import relative
 
+# A search without language model reads few tokens of a frame; these were best with a 3-gram on a
+# development set (docs/results.md).
+NGRAM_SEARCH = {"token_prune_min_logp": -8.0, "beta": 0.0}
+
 
 class Recognizer(Listener):
     """A packaged model.
@@ -49,6 +53,7 @@ class Recognizer(Listener):
         beam_size: hypotheses kept, in place of the package's number.
         lm: a language model in place of the package's: a word n-gram, .arpa or .bin, for a CTC
         model; the folder of one from train_LM.py for a model with a decoder.
+        An n-gram for a package that has none is searched as NGRAM_SEARCH says.
         lm_weight: of the language model; None: the package's, or 0.5.
         UserError names the file or the weight that is missing, unexpected or damaged.
         """
@@ -165,6 +170,8 @@ def change_search(config, folder, beam_size, lm, lm_weight):
     if lm is None and "ngram" in config:
         lm = present(folder / NGRAM)
     if lm is not None:
+        if "ngram" not in config:
+            parts["search"] |= NGRAM_SEARCH
         weight = config.get("lm_weight", 0.5)
         parts["search"] |= {"kenlm_model_path": str(lm), "alpha": weight}
 

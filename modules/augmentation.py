@@ -9,32 +9,62 @@ import math
 import random
 
 import torch
-from speechbrain.augment import augmenter, freq_domain
+from speechbrain.utils.callchains import lengths_arg_exists
 from torch import nn
 
 from modules.lengths import valid_frames
 
 
-class Augmenter(augmenter.Augmenter):
-    """All augmentations, one after the other, with the probability `augment_prob`.
+class Augmenter(nn.Module):
+    """All augmentations, one after the other, for some batches.
 
-    SpeechBrain's draws on the device how many of them to apply.
+    SpeechBrain's `Augmenter`, which has more choices, draws on the device how many to apply.
+
+    Arguments
+    ---------
+    augmentations : list of modules
+        SpeechBrain's or ours, called with x and, where they take them, lengths.
+    augment_prob : float
+        Share of the batches.
     """
+
+    def __init__(self, augmentations, augment_prob=1.0):
+        super().__init__()
+        self.augmentations, self.augment_prob = list(augmentations), augment_prob
 
     def forward(self, x, lengths):
         """x (B, T, ...), relative lengths (B,) -> the same."""
         if random.random() > self.augment_prob:
             return x, lengths
-        for name, augment in self.augmentations.items():
-            x = augment(x, lengths=lengths) if self.require_lengths[name] else augment(x)
+        for augment in self.augmentations:
+            known = {"lengths": lengths} if lengths_arg_exists(augment.forward) else {}
+            x = augment(x, **known)
+            if isinstance(x, tuple):
+                x, lengths = x
         return x, lengths
 
 
-class SpectrogramDrop(freq_domain.SpectrogramDrop):
-    """Zeros in place of some stretches of time (`dim` 1) or mel bins (2): SpecAugment.
+class SpectrogramDrop(nn.Module):
+    """Zeros in place of some stretches of time or mel bins: SpecAugment (Park et al. 2019).
 
-    As SpeechBrain's, but that what was drawn stays on the device.
+    As SpeechBrain's `SpectrogramDrop`, but that what is drawn stays on the device.
+
+    Arguments
+    ---------
+    drop_length_low, drop_length_high : int
+        Frames or bins of a stretch, from the first to one less than the second.
+    drop_count_low, drop_count_high : int
+        Stretches an utterance; as many in all of a batch.
+    dim : int
+        1: time, 2: mel bins.
     """
+
+    def __init__(
+        self, drop_length_low=5, drop_length_high=15, drop_count_low=1, drop_count_high=3, dim=1
+    ):
+        super().__init__()
+        self.drop_length_low, self.drop_length_high = drop_length_low, drop_length_high
+        self.drop_count_low, self.drop_count_high, self.dim = drop_count_low, drop_count_high, dim
 
     def forward(self, spectrogram):
         """(B, T, n_mels) -> the same."""

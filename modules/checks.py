@@ -113,6 +113,10 @@ def check_augmentation(values):
         low, high = (values.get(f"{name}_{end}", 0) for end in ("low", "high"))
         if low > high:
             raise UserError(f"{name}_low={low} is above {name}_high={high}; give the lower first")
+        if low == high and name.endswith("length") and f"{name}_high" in values:
+            raise UserError(
+                f"{name}_high={high} is one more than the longest; give more than {name}_low={low}"
+            )
 
 
 def check_writable(key, folder):

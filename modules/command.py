@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import sys
 
 from modules.errors import UserError
@@ -38,12 +39,25 @@ def plain_errors(interrupted="interrupted", then=None, failures=(OSError,)):
 
 def argument_parser(description, examples, prog=None):
     """Of argparse; the help ends in examples, line by line as they are written."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=prog,
         description=description,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse's, which takes `--option -4,-8` for what it is: argparse takes -4 alone."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        joined = []
+        for word in sys.argv[1:] if args is None else args:
+            values = re.fullmatch(r"-[\d.]+(,-?[\d.]+)+", word)
+            if values and joined and re.fullmatch(r"--[^=]+", joined[-1]):
+                word = f"{joined.pop()}={word}"
+            joined.append(word)
+        return super().parse_known_args(joined, namespace)
 
 
 def count(text):

@@ -106,24 +106,24 @@ def read_encoded(path, brain):
 # ---- Searching, often ----
 
 
-def tune_ctc(brain, lm, weights, bonuses=None, beam=None, prunes=None):
-    """Yield ({option: value}, search): without a language model, then for each combination.
+def tune_ctc(brain, lm, weights, bonuses, prunes, beam=None):
+    """Yield ({option: value}, search): first without a language model, then each combination.
 
-    bonuses, beam, prunes: None: the run's.
+    beam: None: the run's.
     """
     hparams = brain.hparams
     settings = {
         "beam_size": beam or hparams.test_beam_size,
         "beam_prune_logp": hparams.beam_prune_logp,
+        "token_prune_min_logp": hparams.token_prune_min_logp,
     }
-    bonuses = bonuses or [getattr(hparams, "word_bonus", 1.5)]
-    for prune in prunes or [hparams.token_prune_min_logp]:
-        pruning = {"token_prune_min_logp": prune}
-        yield pruning, CTCSearch(brain.tokenizer.labels, **settings, **pruning)
-        search = CTCSearch(brain.tokenizer.labels, kenlm_model_path=lm, **settings, **pruning)
-        for weight, bonus in itertools.product(weights, bonuses):
-            search.weigh(weight, bonus)
-            yield {"lm_weight": weight, "word_bonus": bonus, **pruning}, search
+    yield {}, CTCSearch(brain.tokenizer.labels, **settings)
+    search = CTCSearch(brain.tokenizer.labels, kenlm_model_path=lm, **settings)
+    for prune, weight, bonus in itertools.product(prunes, weights, bonuses):
+        search.prune(prune)
+        search.weigh(weight, bonus)
+        options = {"lm_weight": weight, "word_bonus": bonus, "token_prune_min_logp": prune}
+        yield options, search
 
 
 def tune_s2s(brain, folder, weights, ctc_weights=None, beam=None):
@@ -151,7 +151,7 @@ def measured(tuned, found, brain):
     size = brain.hparams.test_batch_size
     for options, search in tuned:
         wer, cer = ErrorRateStats(), ErrorRateStats(split_tokens=True)
-        name = " ".join(f"{k} {v:g}" for k, v in options.items())
+        name = " ".join(f"{k} {v:g}" for k, v in options.items()) or "without"
         for start in progress(range(0, len(found["x"]), size), name):
             xs = found["x"][start : start + size]
             lengths = torch.tensor([len(x) for x in xs])

@@ -1,5 +1,6 @@
 """SpecAugment without asking the device, and augmentations one after the other."""
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,3 +75,22 @@ def test_an_augmenter_hands_lengths_to_what_wants_them():
     x, lengths = torch.ones(2, 3), torch.tensor([1.0, 0.5])
     result, _ = Augmenter(augmentations=[Double(), Double()])(x, lengths)
     assert torch.equal(result, torch.tensor([[4.0] * 3, [2.25] * 3]))
+
+
+def test_what_an_augmenter_does_not_do_is_refused():
+    """SpeechBrain's arguments would be taken, and have no effect."""
+    for make in (
+        lambda: Augmenter([], shuffle_augmentations=True),
+        lambda: SpectrogramDrop(replace="mean"),
+    ):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            make()
+
+
+def test_an_augmentation_may_change_the_lengths():
+    class Half(torch.nn.Module):
+        def forward(self, x, lengths):
+            return x[:, ::2], lengths / 2
+
+    x, lengths = Augmenter([Half(), Half()])(torch.ones(2, 8), torch.ones(2))
+    assert x.shape == (2, 2) and lengths.tolist() == [0.25, 0.25]

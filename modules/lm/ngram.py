@@ -31,8 +31,10 @@ Python, in memory: good for some millions of words. A .bin needs KenLM's build_b
 where it is small enough, as the search knows from it which words begin how.
 
 then:
+  python tune.py results/CTC/conmamba_small/3402 --lm 3-gram.arpa   # its weights, by the dev set
   python train_CTC.py hparams/CTC/conmamba_small.yaml --data_folder /data/LibriSpeech \\
-      --skip_train True --no_lm False --kenlm_model_path 3-gram.arpa
+      --resume results/CTC/conmamba_small/3402 --output_folder results/3-gram --skip_train True \\
+      --no_lm False --kenlm_model_path 3-gram.arpa --token_prune_min_logp -8
   python transcribe.py speech.flac --model DIR --lm 3-gram.arpa
 """
 

@@ -97,6 +97,12 @@ class CTCSearch:
         """Give the n-gram other weights."""
         self.searcher.lm.alpha, self.searcher.lm.beta = alpha, beta
 
+    def prune(self, token_prune_min_logp):
+        """Read other tokens of each frame."""
+        self.pruning["token_prune_min_logp"] = token_prune_min_logp
+        if self.searcher is not None:
+            self.searcher.token_prune_min_logp = token_prune_min_logp
+
     def __call__(self, log_probs, lengths):
         """log_probs (B, T, V), lengths (B,) in frames -> B texts, words one space apart.
 

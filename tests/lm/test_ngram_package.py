@@ -1,5 +1,6 @@
 """A CTC run's word n-gram: in the test stage, in the package, and in transcribing."""
 
+import json
 import shutil
 
 import pytest
@@ -72,3 +73,9 @@ def test_what_cannot_be_packaged(run, tmp_path):
             package(copied, tmp_path / "package")
     without = package(copied, tmp_path / "without", use_lm=False)
     assert Recognizer.from_folder(without, device="cpu").search.searcher is None
+    # An n-gram that it gets later has more tokens of a frame to choose from than its own search.
+    config = json.loads((without / "config.json").read_text())
+    config["parts"]["search"]["token_prune_min_logp"] = -1.2
+    (without / "config.json").write_text(json.dumps(config))
+    searcher = Recognizer.from_folder(without, device="cpu", lm=arpa).search.searcher
+    assert (searcher.token_prune_min_logp, searcher.lm.alpha, searcher.lm.beta) == (-8.0, 0.5, 0.0)

@@ -43,13 +43,14 @@ def test_ctc_weights(arpa, tmp_path, monkeypatch):
     calls = []
     whole = tuning.encode
     monkeypatch.setattr(tuning, "encode", lambda *a: calls.append(1) or whole(*a))
-    options = ["--lm_weight", "0.5,4", "--word_bonus", "0,1", "--token_prune_min_logp=-6,-1"]
+    options = ["--lm_weight", "0.5,4", "--word_bonus", "0,1", "--token_prune_min_logp", "-6,-1"]
     printed = call(run, "--device", "cpu", "--save", tmp_path / "dev.pt", "--lm", arpa, *options)
     found = rows(printed)
-    tried = [[None, None], [0.5, 0], [0.5, 1], [4, 0], [4, 1]]
-    assert [row[:3] for row in found] == [[*pair, prune] for prune in (-6, -1) for pair in tried]
+    tried = [[0.5, 0], [0.5, 1], [4, 0], [4, 1]]
+    expected = [[None] * 3, *([*pair, prune] for prune in (-6, -1) for pair in tried)]
+    assert [row[:3] for row in found] == expected
     assert len(calls) == 1 and len({row[3] for row in found}) > 1
-    best = min((row for row in found if row[0] is not None), key=lambda row: row[3:])
+    best = min(found[1:], key=lambda row: row[3:])
     chosen = f"--no_lm False --kenlm_model_path {arpa} --lm_weight {best[0]} --word_bonus {best[1]}"
     assert f"{chosen} --token_prune_min_logp {best[2]}" in printed
     assert set(runs.files_of(run)) - set(before) <= {"env.log", "log.txt"}
@@ -93,7 +94,7 @@ def test_a_ctc_run_over_words(arpa, tmp_path):
     options = {"number_of_epochs": 1, "test_splits": "[dev]", "kenlm_model_path": arpa}
     options |= {"no_lm": False, "lm_weight": 1, "word_bonus": 0, "token_prune_min_logp": -6}
     runs.train("CTC/conmamba_digits_tiny.yaml", tmp_path, total_steps=11, **options)
-    weights = ["--lm_weight", "1", "--word_bonus", "0"]
+    weights = ["--lm_weight", "1", "--word_bonus", "0", "--token_prune_min_logp", "-6"]
     *_, with_lm = rows(call(tmp_path, "--device", "cpu", "--lm", arpa, *weights))
     first = (tmp_path / "wer_dev.txt").read_text().split()
     assert float(first[1]) == pytest.approx(with_lm[3], abs=0.006)
@@ -117,6 +118,7 @@ def test_utterances_are_evenly_spread():
         ),
         (["RUN", "--lm", "."], "this run searches with a word n-gram"),
         (["RUN", "--lm", "ARPA", "--ctc_weight_decode", "0.3"], "no meaning for a CTC run"),
+        (["RUN", "--lm", "ARPA", "--token_prune_min_logp", "4"], "logp 4 is the logarithm of a"),
         (["RUN", "--lm", "ARPA", "--encoded", "no.pt"], "no.pt is no file"),
         (["RUN", "--lm", "ARPA", "--encoded", "BAD"], "is not what --save writes"),
         (["RUN", "--lm", "ARPA", "--encoded", "WIDE"], "of a model of another size"),
