@@ -10,6 +10,7 @@ from inference.report.alignments import read_alignments
 from inference.scoring import hear, read, summary, write
 from inference.windows import limits
 from modules.command import argument_parser, plain_errors
+from modules.errors import UserError
 from transcribe import add_model_options, load
 
 EXAMPLES = """
@@ -51,15 +52,24 @@ def run(arguments, folder):
     check_batch_size(arguments.batch_size)
     limits(arguments.chunk_seconds)
     reports = read(arguments.data)
-    folder.mkdir(parents=True, exist_ok=True)
     recognizer = load(arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    unheard = []
     for report in reports:
-        texts = hear(recognizer, report, arguments.batch_size, arguments.chunk_seconds)
+        try:
+            texts = hear(recognizer, report, arguments.batch_size, arguments.chunk_seconds)
+        except UserError as error:  # the other sets are scored
+            unheard.append(error)
+            continue
         path = folder / f"wer_{report.split}.txt"
         write(path, report.usable, texts)
         print(summary(report.split, read_alignments(path)), flush=True)
         for line in report.lines(examples=3):
             print(line, file=sys.stderr)
+    if len(unheard) == len(reports):
+        raise unheard[0]
+    for error in unheard:
+        print(f"error: {error}", file=sys.stderr)
     return sum(len(report.faults) for report in reports)
 
 

@@ -122,13 +122,19 @@ def service_of(options, limits, key):
 def api_key(path):
     """The key of the file or of the environment, or None."""
     if path is None:
-        return os.environ.get("MAMBA_ASR_API_KEY") or None
-    try:
-        key = Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--api-key-file {path}: {getattr(error, 'strerror', error)}") from None
-    if not key:
-        raise UserError(f"--api-key-file {path} is empty; write a key into it")
+        source, key = "MAMBA_ASR_API_KEY", os.environ.get("MAMBA_ASR_API_KEY", "").strip()
+        if not key:
+            return None
+    else:
+        source = f"--api-key-file {path}"
+        try:
+            key = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{source}: {getattr(error, 'strerror', error)}") from None
+        if not key:
+            raise UserError(f"{source} is empty; write a key into it")
+    if not key.isascii():
+        raise UserError(f"{source} holds letters that are not ASCII, which headers cannot carry")
     return key
 
 

@@ -96,6 +96,8 @@ def dataio_prepare(hparams):
     train, valid, tests = load_datasets(hparams)
     prepare_tokenizer(hparams, train)
     tokenizer, bos, eos = hparams["tokenizer"], hparams["bos_index"], hparams["eos_index"]
+    for dataset in (train, valid, *tests.values()):
+        tokenizer.check(item["wrd"] for item in dataset.data.values())
 
     def text_pipeline(wrd):
         ids = tokenizer.encode(wrd)

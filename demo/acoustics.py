@@ -6,6 +6,7 @@ that a recording costs three Fourier transforms.
 
 import bisect
 import functools
+import math
 import random
 from dataclasses import dataclass
 
@@ -35,8 +36,8 @@ class Conditions:
         """UserError for what cannot be meant."""
         for name in ("noise", "reverb", "band_limit"):
             check_share(name, getattr(self, name))
-        if self.snr[0] > self.snr[1]:
-            raise UserError(f"snr={self.snr}: expected the lower ratio first, in dB")
+        if not -math.inf < self.snr[0] <= self.snr[1] < math.inf:
+            raise UserError(f"snr={self.snr}: expected two numbers in dB, the lower ratio first")
 
 
 def check_share(name, share):

@@ -22,7 +22,7 @@ from modules.command import count, plain_errors
 from modules.errors import UserError
 
 MARKER = "recombination.json"  # in the split: which options made it
-VERSION = 1  # of what the same options make
+VERSION = 2  # of what the same options make
 HOP = 0.005  # s
 SHORTEST_GAP, SHORTEST_WORD = 0.05, 0.04  # s
 LEVELS = (-80, -78, -82, -75, -70, -65, -60, -55, -50)  # dB, what is silence, until it fits
@@ -161,13 +161,20 @@ def digest(folder):
 
 
 def share_out(words, folder, first, utterances, mixed, seed):
-    """Yield the chapters: those of one speaker, and those of several."""
+    """Yield the chapters: those of several speakers, and those of one, for all equally many."""
     rng, everything = random.Random(seed), [w for own in words.values() for w in own]
-    for i, start in enumerate(range(0, utterances, CHAPTER)):
-        speaker = EVERYBODY if rng.random() < mixed else rng.choice(sorted(words))
+    together, speakers = round(mixed * utterances), sorted(words)
+    rng.shuffle(speakers)
+    each, more = divmod(utterances - together, len(speakers))
+    shares = {EVERYBODY: together} | {s: each + (i < more) for i, s in enumerate(speakers)}
+    chapters = [
+        (speaker, min(CHAPTER, share - start))
+        for speaker, share in shares.items()
+        for start in range(0, share, CHAPTER)
+    ]
+    for i, (speaker, size) in enumerate(chapters):
         own = everything if speaker == EVERYBODY else words[speaker]
-        count = min(CHAPTER, utterances - start)
-        yield Chapter(folder / str(speaker) / str(first + i), own, count, rng.getrandbits(32))
+        yield Chapter(folder / str(speaker) / str(first + i), own, size, rng.getrandbits(32))
 
 
 def first_chapter(split):

@@ -22,9 +22,9 @@ from modules.language_model import PUBLISHED, find_tokenizer, load_language_mode
 from modules.launch import best_device, check_device, limit_fft_plans
 from modules.lengths import relative
 
-# A search without language model reads few tokens of a frame; these were best with a 3-gram on a
-# development set (docs/results.md).
-NGRAM_SEARCH = {"token_prune_min_logp": -8.0, "beta": 0.0}
+# A search without language model reads few tokens of a frame. So many, and no bonus a word, were
+# best with a 3-gram on a development set (docs/results.md).
+WIDE, NO_BONUS = -8.0, {"beta": 0.0}
 
 
 class Recognizer(Listener):
@@ -53,7 +53,7 @@ class Recognizer(Listener):
         beam_size: hypotheses kept, in place of the package's number.
         lm: a language model in place of the package's: a word n-gram, .arpa or .bin, for a CTC
         model; the folder of one from train_LM.py for a model with a decoder.
-        An n-gram for a package that has none is searched as NGRAM_SEARCH says.
+        An n-gram for a package that has none is searched as WIDE, with no bonus a word.
         lm_weight: of the language model; None: the package's, or 0.5.
         UserError names the file or the weight that is missing, unexpected or damaged.
         """
@@ -154,6 +154,10 @@ def change_search(config, folder, beam_size, lm, lm_weight):
     if lm_weight is not None:
         if not math.isfinite(lm_weight):
             raise UserError(f"lm_weight={lm_weight} must be a number, such as 0.5")
+        if lm is None and "ngram" not in config and "language_model" not in parts:
+            raise UserError(
+                f"lm_weight={lm_weight} is a language model's, and the package has none; give lm"
+            )
         config["lm_weight"] = lm_weight
     if "decoder" in parts:
         if lm is not None and not Path(lm).is_dir():
@@ -171,7 +175,8 @@ def change_search(config, folder, beam_size, lm, lm_weight):
         lm = present(folder / NGRAM)
     if lm is not None:
         if "ngram" not in config:
-            parts["search"] |= NGRAM_SEARCH
+            search = parts["search"] = NO_BONUS | parts["search"]
+            search["token_prune_min_logp"] = min(search.get("token_prune_min_logp", 0), WIDE)
         weight = config.get("lm_weight", 0.5)
         parts["search"] |= {"kenlm_model_path": str(lm), "alpha": weight}
 

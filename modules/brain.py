@@ -187,8 +187,12 @@ class ASRBrain(TrainingBrain):
 
     def init_optimizers(self):
         super().init_optimizers()
-        if self.ema.decay:
+        if self.ema.decay and self.scaler.is_enabled():  # it alone knows which steps are taken
             self.optimizer.register_step_post_hook(self.ema.update)
+
+    def stepped(self):
+        if self.ema.decay and not self.scaler.is_enabled():
+            self.ema.update()
 
     def _fit_train(self, train_set, epoch, enable):
         train_set.dataset.set_epoch(epoch)

@@ -102,7 +102,8 @@ def load_datasets(hparams):
 def add_pipelines(hparams, train, valid, tests, text_pipeline, text_keys):
     """Attach audio and text pipelines; training audio is speed-perturbed.
 
-    An utterance's speed is drawn by seed, epoch and id, in whichever worker and order it is read.
+    An utterance's speed is drawn by seed, epoch, id and, of `train_mix`, which time of the epoch it
+    is, in whichever worker and order it is read.
     Of a file that cannot be read, `sig` is an Unread, which batches leave out.
     text_pipeline (transcript) yields a value a key of text_keys; `wrd` stays beside them.
     """
@@ -114,13 +115,13 @@ def add_pipelines(hparams, train, valid, tests, text_pipeline, text_keys):
     def read(wav, duration):
         return audio.read(wav, float(duration))
 
-    @sb.utils.data_pipeline.takes("id", "wav", "duration")
+    @sb.utils.data_pipeline.takes("id", "copy", "wav", "duration")
     @sb.utils.data_pipeline.provides("sig")
-    def read_perturbed(utterance, wav, duration):
+    def read_perturbed(utterance, copy, wav, duration):
         sig = read(wav, duration)
         if isinstance(sig, Unread):
             return sig
-        with seeded(hparams["seed"], train.epoch, utterance):
+        with seeded(hparams["seed"], train.epoch, utterance, *([copy] if copy else [])):
             return hparams["speed_perturb"](sig.unsqueeze(0)).squeeze(0)
 
     takes = sb.utils.data_pipeline.takes("wrd")

@@ -7,6 +7,7 @@ import torch
 import yaml
 from torch.utils.data import Sampler
 
+from modules.datasets import Copy
 from modules.errors import UserError
 
 EXAMPLE = "{train-clean-100: 10, synth-100: 1}"
@@ -90,7 +91,9 @@ class MixedBatchSampler(Sampler):
         counts = (self.times + luck).floor().long()
         if not counts.any():  # of very small fractions; an epoch has a batch
             counts[(self.times + luck).argmax()] = 1
-        self.chosen = torch.arange(len(counts)).repeat_interleave(counts).tolist()
+        self.chosen = [
+            Copy(i, copy) for i, count in enumerate(counts.tolist()) for copy in range(count)
+        ]
         self.batches = self.make_batches(self.chosen)
         self.batches.set_epoch(epoch)
 

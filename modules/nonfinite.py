@@ -164,6 +164,10 @@ class FiniteBrain(sb.Brain):
             self.step_now(gradients, norm)
         self.zero_grad(set_to_none=True)
         self.optimizer_step += 1
+        self.stepped()
+
+    def stepped(self):
+        """After a step that was taken."""
 
     def requests(self):
         """What this process wants after the step, as flags; one process is enough."""

@@ -20,7 +20,7 @@ from speechbrain.dataio.dataio import load_data_csv
 from torch.utils.data import Sampler
 
 from modules.corpus.shards import key_of, webdataset
-from modules.datasets import EpochDataset
+from modules.datasets import Copy, EpochDataset
 from modules.errors import UserError
 from modules.waveforms import Unread
 
@@ -97,11 +97,7 @@ class ShardDataset(EpochDataset):
 
     def __getitems__(self, indices):
         """The examples of a batch."""
-        ids = [self.data_ids[i] for i in indices]
-        return [
-            self.pipeline.compute_outputs({"id": name, **self.data[name], "wav": self.audio(name)})
-            for name in ids
-        ]
+        return [self.example(i, wav=self.audio(self.data_ids[i])) for i in indices]
 
     def audio(self, name):
         """The bytes of an utterance's audio file, or Unread."""
@@ -178,13 +174,15 @@ class ShardBatchSampler(Sampler):
     def set_epoch(self, epoch):
         """Plan an epoch."""
         rng = random.Random(f"{self.seed} {epoch}")
-        order = [i for i, n in enumerate(self.times) for _ in range(math.floor(n + rng.random()))]
+        order = [(i, copy) for i, count in enumerate(self.counts(rng)) for copy in range(count)]
         rng.shuffle(order)
         streams = [
             [
                 batch
                 for window in self.windows(order[number :: self.streams], number)
-                for batch in self.cut([i for shard in window for i in self.shards[shard]], rng)
+                for batch in self.cut(
+                    [Copy(i, copy) for shard, copy in window for i in self.shards[shard]], rng
+                )
             ]
             for number in range(self.streams)
         ]
@@ -192,6 +190,15 @@ class ShardBatchSampler(Sampler):
         count = math.ceil(max(map(len, streams)) / whole) * whole
         streams = [halve(batches, count) for batches in streams]
         self.batches = [batch for turn in zip(*streams, strict=True) for batch in turn]
+
+    def counts(self, rng):
+        """How often each shard comes; together at least once for every stream."""
+        wanted = [n + rng.random() for n in self.times]
+        counts = [math.floor(n) for n in wanted]
+        left = sorted((i for i, count in enumerate(counts) if not count), key=wanted.__getitem__)
+        while sum(counts) < self.streams:
+            counts[left.pop()] = 1
+        return counts
 
     def windows(self, shards, number):
         """Cut a stream's shards; the first window is shorter, so that streams wait by turns."""

@@ -145,8 +145,9 @@ class SubwordTokenizer:
             if 0 in self.encode(text):
                 raise UserError(
                     f"{text!r} holds what the {self.model_type} tokenizer of {len(self)} units "
-                    "has no unit for; use --token_type unigram, bpe or char, or other --dev_splits "
-                    "and --test_splits"
+                    "has no unit for; write the transcripts as those that it was trained on "
+                    "(LibriSpeech's are in capitals), or use --token_type unigram, bpe or char, or "
+                    "other --dev_splits and --test_splits"
                 )
 
     def encode(self, text):

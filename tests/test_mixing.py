@@ -1,10 +1,12 @@
 """Splits mixed in other proportions: how often an utterance comes, batches of it, resuming."""
 
-from collections import Counter
+import pickle
+from collections import Counter, defaultdict
 
 import pytest
 
 from modules.data import train_loader_options
+from modules.datasets import Copy
 from modules.errors import UserError
 from modules.mixing import MixedBatchSampler
 from tests.recipes import runs
@@ -95,6 +97,25 @@ def test_without_a_mixture_nothing_changes(tmp_path):
         plain.set_epoch(epoch)
         once.set_epoch(epoch)
         assert list(plain) == list(once)
+
+
+def test_every_copy_has_a_speed_of_its_own(tmp_path):
+    options = MIX | {"train_splits": "[few]", "train_mix": "{few: 9}", "speeds": "[90,100,110]"}
+    brain, train, _, _ = runs.build(CTC, tmp_path, **options)
+    loader = train_loader_options(vars(brain.hparams), train)
+    train.set_epoch(1)
+    sampler = loader["batch_sampler"]
+    sampler.set_epoch(1)
+    lengths = defaultdict(list)
+    for batch in pickle.loads(pickle.dumps(list(sampler))):  # as workers get them
+        for i in batch:
+            lengths[int(i)].append(len(train[i]["sig"]))
+    assert all(len(found) == 9 and len(set(found)) > 1 for found in lengths.values())
+    # The first is the one that would be without the others, and all are when they are read again.
+    first = [len(train[i]["sig"]) for i in range(4)]
+    assert all(length in lengths[i] for i, length in enumerate(first))
+    again = {i: [len(train[Copy(i, copy)]["sig"]) for copy in range(9)] for i in range(4)}
+    assert {i: sorted(x) for i, x in again.items()} == {i: sorted(x) for i, x in lengths.items()}
 
 
 def test_a_killed_run_of_a_mixture_goes_on_to_the_bit(tmp_path, monkeypatch):

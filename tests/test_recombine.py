@@ -1,11 +1,13 @@
 """Recorded words put together anew: what is cut, what the new strings hold, what is refused."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import soundfile as sf
 
 from demo import recombine
-from demo.recombine import cut, main, read_words, resample
+from demo.recombine import EVERYBODY, cut, main, read_words, resample, share_out
 from demo.split import held
 from librispeech_prepare import prepare_librispeech
 from modules.errors import UserError
@@ -121,7 +123,7 @@ def test_sources_that_do_not_fit(split, tmp_path):
 def test_a_stopped_run_goes_on(split, tmp_path, monkeypatch, capsys):
     """With whole chapters alone, and to the very strings of a run that was never stopped."""
     monkeypatch.setattr(recombine, "CHAPTER", 5)
-    options = [str(split), "--utterances", "20", "--workers", "1"]
+    options = [str(split), "--utterances", "20", "--workers", "1", "--mixed", "0"]
     main([*options[:1], str(tmp_path / "whole/more"), *options[1:]])
     whole, seen = recombine.write_chapter, []
 
@@ -168,3 +170,15 @@ def test_one_run_at_a_time(split, tmp_path, capsys):
     assert end.value.code == 2
     assert "another run is writing" in capsys.readouterr().err
     assert not (tmp_path / "more.partial").exists()
+
+
+def test_all_speakers_have_equally_many_strings_beside_those_that_are_mixed(tmp_path):
+    words = {str(i): [] for i in range(40)}
+    chapters = list(share_out(words, tmp_path, 1, 1000, 0.3, seed=1))
+    counts = Counter()
+    for chapter in chapters:
+        counts[chapter.folder.parent.name] += chapter.count
+        assert chapter.count <= 100
+    assert counts.pop(str(EVERYBODY)) == 300
+    assert sum(counts.values()) == 700 and set(counts.values()) == {17, 18}
+    assert len({chapter.folder.name for chapter in chapters}) == len(chapters)

@@ -1,6 +1,7 @@
 """score.py: a packaged model against folders and manifests, and what cannot be scored."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -78,6 +79,16 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_scored(data, package, monk
     assert f"{spelling} errors are of capital and small letters alone" in printed
     assert "unreadable audio: 1" in errors and "1-2-0001.flac" in errors
     assert "empty text: 1" in errors and "1-2-0002.flac" in errors
+
+
+def test_a_set_that_cannot_be_heard_costs_no_other(data, package, tmp_path, monkeypatch, capsys):
+    bad = tmp_path / "bad"
+    shutil.copytree(data, bad)
+    for flac in bad.rglob("*.flac"):
+        flac.write_bytes(b"no audio")
+    status, printed, errors = run(monkeypatch, capsys, bad, data, "--model", package)
+    assert status == 1 and printed.startswith("test-mine: WER")
+    assert "error: no recording of bad can be heard" in errors
 
 
 def test_nothing_to_score(data, package, tmp_path, monkeypatch, capsys):

@@ -155,6 +155,15 @@ def test_shards_come_as_often_as_they_should():
     assert 4 * 40 <= sum(counts[i] for i in range(200, 1000)) <= 16 * 40
 
 
+def test_no_stream_is_left_without_a_shard():
+    """However small the fractions: the next likely ones come."""
+    for times in ([0.05] * 25, [2] + [0.1] * 24):
+        for epoch in range(20):
+            sampler = plan(streams=8, times=times, epoch=epoch)
+            assert len({i // 40 for batch in sampler for i in batch}) >= (8 if times[0] < 1 else 7)
+            assert len(sampler) % 8 == 0 and all(sampler)
+
+
 def test_halving():
     assert halve([[1, 2, 3, 4], [5], [6, 7]], 5) == [[1], [2], [3, 4], [5], [6, 7]]
     parts = halve([[1, 2, 3, 4], [5], [6, 7]], 6)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,7 @@ def test_splits_are_kept_or_refused(voice, tmp_path, capsys):
         ({"digits": True, "foreign": 2}, "foreign=2"),
         ({"digits": True, "conditions": Conditions(reverb=-1)}, "reverb=-1"),
         ({"digits": True, "conditions": Conditions(snr=(9, 1))}, "lower ratio first"),
+        ({"digits": True, "conditions": Conditions(snr=(nan, nan))}, "lower ratio first"),
     ],
 )
 def test_impossible_options(voice, tmp_path, options, message):

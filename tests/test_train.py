@@ -5,6 +5,7 @@ import fcntl
 import os
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -377,3 +378,18 @@ def test_a_tokenizer_of_a_local_folder_trains(s2s_run, tmp_path):
     assert (tmp_path / "run/save/tokenizer.model").read_bytes() == (
         pretrained / "tokenizer.ckpt"
     ).read_bytes()
+
+
+def test_s2s_refuses_transcripts_that_its_tokenizer_cannot_spell(s2s_run, tmp_path):
+    """An unknown letter would be CTC's blank, and trained as such."""
+    folder, _ = s2s_run
+    data = tmp_path / "data"
+    shutil.copytree(runs.corpus(), data)
+    for path in data.rglob("*.trans.txt"):
+        lines = (line.partition(" ") for line in path.read_text().splitlines())
+        path.write_text("".join(f"{name} {text.lower()}\n" for name, _, text in lines))
+    (tmp_path / "units").mkdir()
+    shutil.copy(folder / "save/tokenizer.model", tmp_path / "units/tokenizer.ckpt")
+    options = {"data_folder": data, "pretrained_lm_tokenizer_path": tmp_path / "units"}
+    with pytest.raises(UserError, match="has no unit for; write the transcripts as those that"):
+        runs.train(S2S, tmp_path / "run", **options)

@@ -58,8 +58,11 @@ def export(folder, target, output=None, int8=False, streaming=False, overwrite=F
 
 def not_exported(folder):
     """What of a package stays behind, as a sentence; None: nothing."""
-    if "decoder" in read_config(located(folder) / "config.json")["parts"]:
+    config = read_config(located(folder) / "config.json")
+    if "decoder" in config["parts"]:
         return "the decoder is not exported: the file hears what the CTC head alone does"
+    if "ngram" in config:
+        return "the n-gram is not exported: the file's texts are those of a search without it"
     return None
 
 

@@ -90,7 +90,8 @@ class Service:
         """RefusedError unless a client's key is ours."""
         if self.api_key is None:
             return
-        if not hmac.compare_digest((given or "").encode(), self.api_key.encode()):
+        given = (given or "").encode(errors="replace")
+        if not hmac.compare_digest(given, self.api_key.encode()):
             raise RefusedError(
                 401, "the API key is missing or wrong; send Authorization: Bearer KEY"
             )

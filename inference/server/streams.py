@@ -30,6 +30,7 @@ FORMATS = {"s16le": (torch.int16, 2**15), "f32le": (torch.float32, 1)}
 CODES = {400: 1007, 401: 1008, 408: 1008, 415: 1003, 500: 1011, 503: 1013}
 RESTART = 1012
 ENDPOINT = 0.8  # s of a pause that ends a segment, unless the client says otherwise
+LONGEST = 3600  # s
 LONGEST_REASON = 123  # bytes
 
 
@@ -58,7 +59,7 @@ async def hello(socket, service):
     message = await next_message(socket, service)
     try:
         start = json.loads(message.get("text") or "")
-    except ValueError:
+    except (ValueError, RecursionError):
         start = None
     if not isinstance(start, dict) or start.get("type") != "start":
         raise RefusedError(400, 'the first message is no {"type": "start", "sample_rate": 16000}')
@@ -100,7 +101,7 @@ class Session:
                 400, f"format={self.format!r} is unknown; give {' or '.join(FORMATS)}"
             )
         self.endpoint = start.get("endpoint_seconds", ENDPOINT)
-        if type(self.endpoint) not in (int, float) or not 0 <= self.endpoint < float("inf"):
+        if type(self.endpoint) not in (int, float) or not 0 <= self.endpoint <= LONGEST:
             raise RefusedError(
                 400, f"endpoint_seconds={self.endpoint!r} is no pause; give {ENDPOINT}, or 0: none"
             )
@@ -187,7 +188,7 @@ def check_finish(text):
     """RefusedError for a text message that is no finish."""
     try:
         kind = json.loads(text)["type"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         kind = None
     if kind != "finish":
         raise RefusedError(400, 'send samples in binary messages, then {"type": "finish"}')

@@ -67,8 +67,8 @@ def check_outputs(save_folder, sources, merge_lst, merge_name):
     names = [f"{split}.csv" for split in sources]
     if merge_lst and merge_name in names and [merge_name] != [f"{m}.csv" for m in merge_lst]:
         raise UserError(
-            f"merge_name={merge_name} is also the manifest of split {merge_name[:-4]!r}; "
-            f"choose another name"
+            f"merge_name={merge_name}, the manifest of all {len(merge_lst)} training splits, is "
+            f"also that of split {merge_name[:-4]!r}; rename the split, or train on it alone"
         )
     for split, source in sources.items():
         if os.path.realpath(source.path) == os.path.realpath(

@@ -11,6 +11,7 @@ from modules.errors import UserError
 from modules.lm.text import read_sentences
 
 PIECE = 10_000  # sentences encoded at once
+MOST_UNKNOWN = 0.01  # of the tokens
 
 
 class Sentences(Dataset):
@@ -23,14 +24,25 @@ class Sentences(Dataset):
         self.bos, self.eos = bos, eos
         self.words = self.too_long = 0
         pieces, lengths = [np.zeros(0, np.int32)], []
+        unknown, example = 0, None
         for sentences in in_pieces(texts):
             encoded = tokenizer.model.encode(sentences)
             kept = [i for i, ids in enumerate(encoded) if len(ids) <= max_tokens]
             self.too_long += len(encoded) - len(kept)
+            for text, ids in zip(sentences, encoded, strict=True):
+                if 0 in ids:
+                    example = example or text
+                    unknown += ids.count(0)
             self.words += sum(len(sentences[i].split()) for i in kept)
             lengths += [len(encoded[i]) for i in kept]
             pieces.append(np.array([t for i in kept for t in encoded[i]], np.int32))
         self.tokens, self.ends = np.concatenate(pieces), np.cumsum([0, *lengths])
+        if unknown > MOST_UNKNOWN * len(self.tokens):
+            raise UserError(
+                f"the tokenizer has no unit for {unknown} of {len(self.tokens)} tokens, as in "
+                f"{example!r}; write the text as the recogniser's transcripts are (LibriSpeech's "
+                "are in capitals), or give the --tokenizer_path of one that learnt such text"
+            )
 
     def __len__(self):
         return len(self.ends) - 1

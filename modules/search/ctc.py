@@ -1,5 +1,6 @@
 """CTC search to text: best path, beam search, and SpeechBrain's beam search with a word n-gram."""
 
+import itertools
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -80,6 +81,7 @@ class CTCSearch:
         self.searcher = None
         if kenlm_model_path is not None:
             check_kenlm(kenlm_model_path)
+            check_spelling(kenlm_model_path, self.labels)
             weights = {"alpha": alpha, "beta": beta}
             known = None if kenlm_missing() else kenlm_model_path
             try:
@@ -151,4 +153,23 @@ def check_kenlm(path):
         raise UserError(
             f"kenlm_model_path={path} needs {' and '.join(missing)}; "
             f"run `pip install {' '.join(missing)}`, or give an .arpa file"
+        )
+
+
+def check_spelling(path, labels, words=1000):
+    """UserError when an .arpa's first words are mostly none that the labels can write."""
+    letters = set("".join(labels)) - {" ", "\u2581"}
+    with open(path, "rb") as file:
+        if not file.read(1024).lstrip().startswith(b"\\data\\"):
+            return  # compressed, or a binary
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = itertools.dropwhile(lambda line: not line.startswith("\\1-grams:"), file)
+        columns = (line.split() for line in itertools.islice(lines, 1, words + 1))
+        found = [parts[1] for parts in columns if len(parts) > 1 and parts[1][0] != "<"]
+    strange = [word for word in found if not letters.issuperset(word)]
+    if len(strange) > len(found) / 2:
+        raise UserError(
+            f"the n-gram {path} has words that the model cannot write, such as {strange[0]!r}; "
+            "train it on text that is written as the model's transcripts are (LibriSpeech's are "
+            "in capitals)"
         )

@@ -79,3 +79,9 @@ def test_what_cannot_be_packaged(run, tmp_path):
     (without / "config.json").write_text(json.dumps(config))
     searcher = Recognizer.from_folder(without, device="cpu", lm=arpa).search.searcher
     assert (searcher.token_prune_min_logp, searcher.lm.alpha, searcher.lm.beta) == (-8.0, 0.5, 0.0)
+    with pytest.raises(UserError, match="is a language model's, and the package has none"):
+        Recognizer.from_folder(without, device="cpu", lm_weight=2.0)
+    small = tmp_path / "small.arpa"
+    small.write_text(arpa.read_text().lower())
+    with pytest.raises(UserError, match="has words that the model cannot write, such as 'cab'"):
+        Recognizer.from_folder(without, device="cpu", lm=small)

@@ -208,6 +208,7 @@ def test_mistakes_of_those_who_join_them(lm, tmp_path):
             "no bpe tokenizer of 4000 units can be trained",
         ),
         ({"max_tokens": 1}, "raise --max_tokens"),
+        ({"dev_text": "[{}/small.txt]"}, "has no unit for 2 of 4 tokens, as in 'bed abe'"),
         ({"tokenizer_path": "{}"}, "holds no tokenizer.ckpt"),
         ({"token_type": "letters"}, "token_type='letters' is unknown"),
         ({"max_batch_tokens": 0}, "max_batch_tokens=0 must be positive"),
@@ -217,6 +218,7 @@ def test_mistakes_of_those_who_join_them(lm, tmp_path):
 )
 def test_mistakes_are_told(tmp_path, overrides, message):
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "small.txt").write_text("bed abe\n")
     (tmp_path / "latin.txt").write_bytes("SCHÖN\n".encode("latin1"))
     overrides = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in overrides.items()}
     with pytest.raises(UserError, match=message):

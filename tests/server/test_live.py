@@ -149,6 +149,9 @@ def test_a_model_that_cannot_stream(monkeypatch):
     [
         ([b"\0\0"], 1007, "the first message is no"),
         (["{"], 1007, "the first message is no"),
+        (["[" * 200_000], 1007, "the first message is no"),
+        (['{"type": "start", "endpoint_seconds": 1%s}' % ("0" * 400)], 1007, "endpoint_seconds=1"),
+        (['{"type": "start"}', "[" * 200_000], 1007, "send samples in binary messages"),
         (['{"type": "start", "sample_rate": 16}'], 1007, "sample_rate=16 is no rate of speech"),
         (['{"type": "start", "sample_rate": "x"}'], 1007, "sample_rate=x is no rate of speech"),
         (['{"type": "start", "format": "mp3"}'], 1007, "format='mp3' is unknown"),

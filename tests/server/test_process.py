@@ -46,6 +46,7 @@ def test_sigterm_lets_what_runs_end():
 
 def test_mistakes_are_told_before_it_serves(monkeypatch, capsys, tmp_path):
     (tmp_path / "empty").write_text("\n")
+    (tmp_path / "foreign").write_text("schlüssel", encoding="utf-8")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for message, *arguments in (
@@ -57,6 +58,7 @@ def test_mistakes_are_told_before_it_serves(monkeypatch, capsys, tmp_path):
             ("the limit upload=0 lets nothing", "--model", "x", "--max-upload-mb", 0),
             ("--api-key-file none: No such file", "--model", "x", "--api-key-file", "none"),
             ("is empty; write a key", "--model", "x", "--api-key-file", tmp_path / "empty"),
+            ("letters that are not ASCII", "--model", "x", "--api-key-file", tmp_path / "foreign"),
             (
                 "device='tpu' is unknown",
                 "--model",
