@@ -30,7 +30,7 @@ FORMATS = {"s16le": (torch.int16, 2**15), "f32le": (torch.float32, 1)}
 CODES = {400: 1007, 401: 1008, 408: 1008, 415: 1003, 500: 1011, 503: 1013}
 RESTART = 1012
 ENDPOINT = 0.8  # s of a pause that ends a segment, unless the client says otherwise
-LONGEST = 3600  # s
+LONGEST = 3600  # s of such a pause
 LONGEST_REASON = 123  # bytes
 
 
