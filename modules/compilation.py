@@ -19,6 +19,7 @@ def compile_layers(encoder, backend="inductor"):
         encoder.gradient_checkpointing = False  # not once more around the layers
     # Inductor pads products whose sizes are no multiple of 8, where that is faster by its timing,
     # and gives the backward pass the padded strides of the first batch as those of all.
-    options = {"shape_padding": False} if backend == "inductor" else None
+    options = {"shape_padding": False, "triton.mix_order_reduction": False}
+    options = options if backend == "inductor" else None
     for layer in encoder.layers:
         layer.compile(dynamic=True, backend=backend, options=options)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from modules.dropout import Dropout
 from modules.ops.causal_conv1d import causal_conv1d
 from modules.ops.depthwise_conv1d import depthwise_conv1d
 
@@ -18,9 +19,9 @@ class FeedForward(nn.Sequential):
         super().__init__(
             nn.Linear(d_model, d_ffn),
             activation(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(d_ffn, d_model),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         )
 
 
@@ -41,7 +42,7 @@ class ConvModule(nn.Module):
         self.out_norm = nn.LayerNorm(d_model)
         self.activation = activation()
         self.pointwise_out = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def initial_state(self, batch_size):
         """Zero inputs (B, D, kernel_size - 1) before the first frame."""
@@ -114,7 +115,7 @@ class EncoderLayer(nn.Module):
         self.mixer = mixer(d_model)
         self.conv = ConvModule(d_model, kernel_size, activation, dropout, causal)
         self.out_norm = nn.LayerNorm(d_model)
-        self.mixer_dropout = nn.Dropout(mixer_dropout)
+        self.mixer_dropout = Dropout(mixer_dropout)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def initial_state(self, batch_size):
