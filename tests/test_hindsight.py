@@ -21,6 +21,10 @@ from tests.test_numbers import at_batches, gradients_are_nan, loss_is_nan, same,
 CTC = "CTC/conmamba_tiny.yaml"
 # Five batches an epoch; the features' statistics grow in the first.
 OPTIONS = {"number_of_epochs": 3, "normalize_until_epoch": 2, "ema_decay": 0.8, "dropout": 0.2}
+GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+)
 
 
 @pytest.fixture
@@ -101,7 +105,8 @@ def test_all_is_as_if_the_host_had_known(fault, interval, looking, tmp_path, mon
     assert_same_end(tmp_path / "True", tmp_path / "False")
 
 
-def test_a_wrong_step_changes_nothing(looking, tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_a_wrong_step_changes_nothing(device, looking, tmp_path, monkeypatch):
     weights = []
     at_batches(monkeypatch, gradients_are_nan, {8})
     step = train_CTC.ASR.optimizers_step
@@ -111,7 +116,7 @@ def test_a_wrong_step_changes_nothing(looking, tmp_path, monkeypatch):
         weights.append(state(self)["weights"])
 
     monkeypatch.setattr(train_CTC.ASR, "optimizers_step", optimizers_step)
-    trained(tmp_path, number_of_epochs=2)
+    trained(tmp_path, number_of_epochs=2, device=device)
     unchanged = [i for i in range(1, 10) if same(weights[i - 1], weights[i])]
     assert unchanged == [7]
     assert all(w.isfinite().all() for w in weights[-1].values())
@@ -222,3 +227,17 @@ def test_the_host_looks_when_the_next_forward_pass_is_launched(looking, tmp_path
     # While statistics grow, SpeechBrain's count of frames is read.
     growing = [event for event in first if event not in READS]
     assert growing == ["forward", "backward", *["look", "average", "forward", "backward"] * 4]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_numbers_come_while_the_device_is_at_later_work():
+    loss, later = torch.tensor(3.5, device="cuda"), torch.cuda.Event()
+    hindsight.Told(loss, loss).read()  # the first copy allocates
+    told = hindsight.Told(loss, loss / 0)
+    torch.cuda._sleep(10**9)
+    later.record()
+    assert told.read() == [3.5, math.inf]
+    assert not later.query()
+    assert told.copy.is_pinned()
+    torch.cuda.synchronize()
