@@ -8,13 +8,13 @@ import torch
 from speechbrain.dataio.batch import PaddedData
 
 from modules.errors import UserError, out_of_memory
+from modules.hindsight import HindsightBrain
 from modules.lengths import absolute
-from modules.nonfinite import FiniteBrain
 
 logger = logging.getLogger(__name__)
 
 
-class HalvingBrain(FiniteBrain):
+class HalvingBrain(HindsightBrain):
     """Learns by halves from a batch that is too large for the device's memory.
 
     Losses are means over utterances, so the halves' gradients, weighted by their shares, add up
@@ -22,8 +22,6 @@ class HalvingBrain(FiniteBrain):
     processes exchange gradients in the middle of a backward pass, which one of them cannot repeat
     alone, and CUDA graphs are of whole batches: there the run stops and says what to lower.
     """
-
-    graphs = None  # those of training, where a subclass has some
 
     def fit_batch(self, batch):
         """SpeechBrain's, whose forward and backward pass may be taken again in parts."""
@@ -33,7 +31,8 @@ class HalvingBrain(FiniteBrain):
             loss = self.learn(batch)
         if should_step:
             self.optimizers_step()
-        loss = loss.cpu()  # now that the device has the step's work
+        if self.unsettled is None:
+            loss = loss.cpu()  # now that the device has the step's work
         self.on_fit_batch_end(batch, None, loss, should_step)
         return loss
 
@@ -68,6 +67,7 @@ class HalvingBrain(FiniteBrain):
         with self.training_ctx:
             outputs = self.compute_forward(batch, sb.Stage.TRAIN)
             loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
+        self.settle()  # the last step, now that the device has work
         scaled = self.scaler.scale(loss * (share / self.grad_accumulation_factor))
         self.check_loss_isfinite(scaled)
         scaled.backward()

@@ -1,6 +1,7 @@
 """Numbers that go wrong: no step is taken on a loss or gradients that are NaN or infinite."""
 
 import logging
+import math
 
 import speechbrain as sb
 import torch
@@ -52,11 +53,7 @@ class FiniteBrain(sb.Brain):
         Its gradients become zero as they reach the parameters: other processes exchange theirs
         in this pass, and wait for all.
         """
-        finite = torch.isfinite(loss) & (not getattr(self.current, "lost", False))
-        if self.looks_back():
-            self.batches.append((finite, self.current.id))
-            return
-        finite = bool(finite)
+        finite = bool(torch.isfinite(loss)) and not lost(self.current)
         self.batches.append((finite, self.current.id if finite else suspects(self.current)))
         if not finite:
             parameters = [p for p in self.modules.parameters() if p.requires_grad]
@@ -83,45 +80,17 @@ class FiniteBrain(sb.Brain):
         normalize = self.hparams.normalize
         normalize.count, normalize.glob_mean, normalize.glob_std = self.statistics
 
-    def update_average(self, loss, avg_loss):
+    def update_average(self, loss, avg_loss, step=None):
         """SpeechBrain's starts from 0, and would count a first batch that is not finite as 0."""
-        if avg_loss == 0 and torch.isfinite(loss):
-            return float(loss)
-        return super().update_average(loss, avg_loss)
+        loss, step = float(loss), step or self.step
+        if not math.isfinite(loss):
+            return avg_loss
+        if avg_loss == 0:
+            return loss
+        avg_loss -= avg_loss / step
+        return avg_loss + loss / step
 
     # ---- Steps ----
-
-    def looks_back(self):
-        """Whether a step is decided on the device, and the host learns of it afterwards.
-
-        A host that must know of the loss before the backward pass, and of the gradients before
-        the step, leaves the device without work each time. It takes a batch a step, so that what
-        is wrong with the one is wrong with the other, and an optimizer that can skip by itself.
-        """
-        alone = self.graphs is not None and self.grad_accumulation_factor == 1
-        fused = all(group.get("fused") for group in self.optimizer.param_groups)
-        return alone and fused and not self.scaler.is_enabled() and not self.distributed_launch
-
-    def step_unless_wrong(self, gradients, norm):
-        """Take a step, which changes nothing when numbers are not finite: whether gradients are."""
-        schedule, groups = self.hparams.lr_scheduler, self.optimizer.param_groups
-        before = dict(vars(schedule)), [group["lr"] for group in groups]
-        (finite, ids), right = self.batches[0], norm.isfinite()
-        clip(gradients, norm, self.max_grad_norm)
-        # As a gradient scaler tells a fused optimizer to skip.
-        self.optimizer.found_inf = (~(finite & right)).float()
-        self.optimizer.step()
-        self.optimizer.found_inf = None
-        finite, right = bool(finite), bool(right)
-        if not (finite and right):
-            vars(schedule).update(before[0])
-            for group, lr in zip(groups, before[1], strict=True):
-                group["lr"] = lr
-        if not finite:
-            self.restore_statistics()
-            ids = suspects(self.current)
-        self.batches[:] = [(finite, ids)]
-        return right or not finite  # of a wrong loss they are no news
 
     def optimizers_step(self):
         """A step, unless there is nothing finite to step on.
@@ -129,14 +98,31 @@ class FiniteBrain(sb.Brain):
         SpeechBrain's clips the first group of parameters alone. Here one norm, over all of them,
         serves the check and the clipping.
         """
-        gradients, norm, wrong, taken = self.gradients(), None, False, self.looks_back()
+        gradients, norm, wrong = self.gradients(), None, False
         if not self.scaler.is_enabled():  # else overflow is its business
             norm = get_total_norm(gradients)
-            wrong = not (self.step_unless_wrong(gradients, norm) if taken else norm.isfinite())
+            wrong = not norm.isfinite()
         dropped = sum(not finite for finite, _ in self.batches)
         kept = len(self.batches) - dropped
         dropped, kept, wrong, *granted = self.sum_of_ranks(dropped, kept, wrong, *self.requests())
         self.granted = tuple(map(bool, granted))
+        good = self.judge(dropped, kept, wrong)
+        if good:
+            self.step_now(gradients, norm)
+        self.zero_grad(set_to_none=True)
+        if good:
+            self.count_step()
+
+    def judge(self, dropped, kept, wrong):
+        """Say which of `batches` had what was not finite: whether there is a step to take.
+
+        Arguments
+        ---------
+        dropped, kept : int
+            Batches whose loss is not finite, and the others.
+        wrong : int or bool
+            Whether the gradients are not.
+        """
         skip = wrong > 0 or kept == 0
         if skip or dropped:
             self.skipped_batches += dropped + (kept if wrong else 0)
@@ -157,12 +143,9 @@ class FiniteBrain(sb.Brain):
         # Files of before the key was there have the shipped files' limit.
         if self.skipped_in_a_row >= getattr(self.hparams, "max_nonfinite_steps", 10):
             raise UserError(self.why_stop(ids))
-        if skip:
-            self.zero_grad(set_to_none=True)
-            return
-        if not taken:
-            self.step_now(gradients, norm)
-        self.zero_grad(set_to_none=True)
+        return not skip
+
+    def count_step(self):
         self.optimizer_step += 1
         self.stepped()
 
@@ -237,6 +220,11 @@ class FiniteBrain(sb.Brain):
         things = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(things, thing)
         return things
+
+
+def lost(batch):
+    """Whether nothing of it could be read."""
+    return getattr(batch, "lost", False)  # text has no such mark
 
 
 def suspects(batch):

@@ -122,6 +122,8 @@ class ResumingBrain(HalvingBrain):
     def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
         """At the end of a step, when one process or another wants it."""
         (save, stop), self.granted = self.granted, (False, False)
+        if save or stop:
+            self.settle()
         if stop:
             self._save_intra_epoch_ckpt()
             self.stop()
@@ -233,6 +235,7 @@ class ResumingBrain(HalvingBrain):
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         if stage == sb.Stage.TRAIN:
+            self.settle()
             self.trained = self.step, self.avg_train_loss, list(self.unread)
 
     def found_checkpoints(self):

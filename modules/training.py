@@ -74,7 +74,7 @@ class TrainingBrain(ResumingBrain):
         """Log training and validation, and write a checkpoint after them."""
         super().on_stage_end(stage, stage_loss, epoch)
         if stage == sb.Stage.TRAIN:
-            loss = self.mean_of_ranks(stage_loss)
+            loss = self.mean_of_ranks(self.avg_train_loss)  # `stage_loss` may lack the last step's
             self.train_stats = {"loss": loss, **self.training_statistics()}
         elif stage == sb.Stage.VALID:
             stats = {"loss": stage_loss, **self.validation_statistics()}

@@ -1,7 +1,6 @@
 """Numbers that go wrong in training: NaN in audio, losses and gradients; too many tokens."""
 
 import copy
-import functools
 import itertools
 import logging
 import math
@@ -16,7 +15,6 @@ import torch
 
 import train_CTC
 from librispeech_prepare import prepare_librispeech
-from modules import training
 from modules.checkpoints import Checkpointer
 from modules.losses import too_few_frames
 from tests.recipes import runs
@@ -118,20 +116,6 @@ def fit(yaml_file, folder, scaler=None, **options):
 
 
 # ---- One batch ----
-
-
-@pytest.mark.parametrize("fault", [loss_is_nan, gradients_are_nan])
-def test_a_step_that_is_decided_on_the_device_changes_nothing(fault, tmp_path, monkeypatch):
-    """As with CUDA graphs, where the host looks back; fused optimizers skip on CPUs too."""
-    monkeypatch.setattr(train_CTC.ASR, "looks_back", lambda self: True)
-    monkeypatch.setattr(training, "fused", lambda cls, *_: functools.partial(cls, fused=True))
-    at_batches(monkeypatch, fault, {3})
-    brain, states = fit(CTC, tmp_path, number_of_epochs=1)
-    same_ones = [same(a, b) for a, b in itertools.pairwise(states)]
-    assert [i for i, unchanged in enumerate(same_ones, 1) if unchanged] == [3]
-    assert all(p.isfinite().all() for p in brain.hparams.model.parameters())
-    assert brain.skipped_batches == 1
-    assert brain.optimizer_step == brain.hparams.lr_scheduler.n_steps == len(same_ones) - 1
 
 
 @pytest.mark.parametrize(
