@@ -35,6 +35,10 @@ class Encoder(nn.Module):
     drop_path : float
         Probability of leaving out a branch of the last layer for an utterance; of the layers
         before it, in proportion to their depth.
+    mask_padding : bool
+        False, for an ablation alone: the layers take the padding of a batch for speech, as the
+        published code does, also what CUDA graphs add to it (`modules.graphs`). What is returned
+        is masked. Only for whole utterances (ValueError).
     causal : bool
         See only the past; the mixer must be causal too (ValueError).
     chunks : DynChunkTrainConfigRandomSampler or None
@@ -67,10 +71,16 @@ class Encoder(nn.Module):
         lookahead=0,
         mixer_dropout=0.0,
         drop_path=0.0,
+        mask_padding=True,
     ):
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers={num_layers} must be at least 1")
+        if not mask_padding and (causal or chunks is not None):
+            raise ValueError(
+                "mask_padding=False is for encoders of whole utterances, not for causal or chunked "
+                "ones; use True"
+            )
         conv_causal = causal or chunks is not None
         self.input_layer = nn.Sequential(nn.Linear(input_size, d_model), nn.Dropout(dropout))
         self.layers = nn.ModuleList(
@@ -97,7 +107,7 @@ class Encoder(nn.Module):
         check_chunks(chunks, lookahead)
         self.norm = nn.LayerNorm(d_model, eps=1e-6)
         self.causal, self.chunks, self.lookahead = causal, chunks, lookahead
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.mask_padding = gradient_checkpointing, mask_padding
         initialize(self, initialization)
 
     @property
@@ -140,10 +150,11 @@ class Encoder(nn.Module):
             carried = None if state is None else state[i]
             looks = (0, 0) if i else (self.lookahead, ahead)
             chunk = Chunk(chunk_size, *looks) if chunk_size else None
+            spoken = lengths if self.mask_padding else torch.full_like(lengths, x.shape[1])
             if self.gradient_checkpointing and self.training:
-                x, carried = checkpoint(layer, x, lengths, carried, chunk, use_reentrant=False)
+                x, carried = checkpoint(layer, x, spoken, carried, chunk, use_reentrant=False)
             else:
-                x, carried = layer(x, lengths, carried, chunk)
+                x, carried = layer(x, spoken, carried, chunk)
             if ahead and i == 0:
                 x, lengths = cut(x, lengths, x.shape[1])
             new_state.append(carried)

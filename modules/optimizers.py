@@ -10,12 +10,13 @@ from torch import nn
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
-def parameter_groups(modules, weight_decay):
+def parameter_groups(modules, weight_decay, everything=False):
     """Yield two groups for a torch optimizer: the parameters that decay, then those that do not.
 
     Norms, biases, whatever has less than two dimensions and parameters that carry
-    `no_weight_decay` (A_log and D) do not. Every trainable parameter of `modules` (a Module) is
-    in one group, once, in the order of `modules.parameters()`.
+    `no_weight_decay` (A_log and D) do not, unless `everything` is to, as in the published code.
+    Every trainable parameter of `modules` (a Module) is in one group, once, in the order of
+    `modules.parameters()`.
     """
     spared = {
         parameter
@@ -27,8 +28,9 @@ def parameter_groups(modules, weight_decay):
         or getattr(parameter, "no_weight_decay", False)
     }
     trainable = [p for p in modules.parameters() if p.requires_grad]
+    others = weight_decay if everything else 0.0
     yield {"params": [p for p in trainable if p not in spared], "weight_decay": weight_decay}
-    yield {"params": [p for p in trainable if p in spared], "weight_decay": 0.0}
+    yield {"params": [p for p in trainable if p in spared], "weight_decay": others}
 
 
 def fused(opt_class, device, scaler):

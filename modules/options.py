@@ -15,7 +15,7 @@ from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 from modules.errors import UserError
 from modules.keys import Keys, keys_of, remedy
 from modules.objects import load_objects
-from modules.resolved import is_plain
+from modules.resolved import TAGS, is_plain
 
 
 class Replacement:
@@ -25,9 +25,32 @@ class Replacement:
         self.mapping = mapping
 
 
+class Maker:
+    """A class by HyperPyYAML's tag, with arguments, in place of the file's class and arguments."""
+
+    def __init__(self, tag, arguments):
+        self.name, self.arguments = tag, arguments  # HyperPyYAML reads what has a `tag`
+
+
 RoundTripRepresenter.add_representer(
     Replacement, lambda representer, value: representer.represent_dict(value.mapping)
 )
+RoundTripRepresenter.add_representer(
+    Maker, lambda representer, value: representer.represent_mapping(value.name, value.arguments)
+)
+
+
+class ValueLoader(yaml.SafeLoader):
+    """Of a value on the command line: makes nothing, but keeps the tags of what makes objects."""
+
+
+def read_maker(loader, _, node):
+    bare = isinstance(node, yaml.ScalarNode) and not node.value
+    return Maker(node.tag, {} if bare else loader.construct_mapping(node, deep=True))
+
+
+for tag in TAGS:
+    ValueLoader.add_multi_constructor(tag, read_maker)
 
 
 class Wiring:
@@ -168,14 +191,16 @@ def read_value(key, text, default):
     if isinstance(default, str) and not quoted:
         return text
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, ValueLoader)
     except yaml.YAMLError:
-        raise UserError(f"{key}={text!r} is no YAML; an example is its default {default}") from None
+        example = "{a: !name:package.Class {}}" if default is Wiring else f"its default {default}"
+        raise UserError(f"{key}={text!r} is no YAML; an example is {example}") from None
     if default is Wiring:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict | Maker):
             raise UserError(
-                f"{key}={text!r}: {key} makes an object; change the YAML file, or give its "
-                f'arguments as --{key} "{{name: value}}"'
+                f"{key}={text!r}: {key} makes an object; give its arguments as "
+                f'--{key} "{{name: value}}", or another class with all of its own, by the tag '
+                "that the file has (docs/configuration.md)"
             )
     elif isinstance(default, dict):
         if value is not None and not isinstance(value, dict):

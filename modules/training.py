@@ -50,8 +50,9 @@ class TrainingBrain(ResumingBrain):
     def init_optimizers(self):
         """Two parameter groups, with and without weight decay; one schedule for both."""
         weight_decay = getattr(self.hparams, "weight_decay", 0.0)
+        everything = getattr(self.hparams, "decay_everything", False)
         opt_class = fused(self.opt_class, self.device, self.scaler)
-        self.optimizer = opt_class(parameter_groups(self.modules, weight_decay))
+        self.optimizer = opt_class(parameter_groups(self.modules, weight_decay, everything))
         self.optimizers_dict = {"optimizer": self.optimizer}
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("optimizer", self.optimizer)

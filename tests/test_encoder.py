@@ -289,6 +289,30 @@ def test_chunks_that_mean_nothing_are_errors(message, mixer, options):
         make_encoder(mixer, **options)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_padding_leaks_only_where_it_is_asked_to(mixer):
+    """Of an utterance alone, and with more padding than it has."""
+    x, lengths = batch()
+    x = x[1:2]
+    for masked in (True, False):
+        encoder = make_encoder(mixer, dropout=0.0, mask_padding=masked).eval()
+        alone, _ = encoder(x[:, :7], lengths[1:2])
+        padded, kept = encoder(x, lengths[1:2])
+        assert kept.tolist() == [7] and not padded[:, 7:].any()
+        leaks = not masked and mixer != "mamba2" and mixer != "mamba"
+        # The convolutions see the padding after the last frames, whatever the mixer.
+        assert torch.allclose(alone[:, -1], padded[:, 6], atol=1e-5) == masked
+        assert torch.allclose(alone[:, 0], padded[:, 0], atol=1e-6) != leaks
+
+
+@pytest.mark.parametrize(
+    "options", [{"mixer": "mamba", "causal": True}, {"mixer": "bimamba", "chunks": chunks(4)}]
+)
+def test_padding_leaks_into_whole_utterances_alone(options):
+    with pytest.raises(ValueError, match="mask_padding=False is for encoders of whole utterances"):
+        make_encoder(**options, mask_padding=False)
+
+
 def test_heads_must_divide_the_inner_channels():
     for mixer in (Mamba2, BiMamba2):
         message = (

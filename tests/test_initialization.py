@@ -154,6 +154,13 @@ def test_parameter_groups_say_what_decays(recipe):
         assert not group[id(by_name[name])]
 
 
+def test_everything_may_decay(recipe):
+    groups, all_decay = (list(parameter_groups(recipe, 0.01, e)) for e in (False, True))
+    assert [g["weight_decay"] for g in all_decay] == [0.01, 0.01]
+    for group, same in zip(groups, all_decay, strict=True):  # an optimizer's state fits both
+        assert [id(p) for p in group["params"]] == [id(p) for p in same["params"]]
+
+
 def test_parameter_groups_hold_every_trainable_parameter_once_in_order(recipe):
     recipe["head"].weight = recipe["decoder"].embedding.weight  # tied
     recipe["frontend"].requires_grad_(False)

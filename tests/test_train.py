@@ -57,6 +57,57 @@ def test_scan_parameters_biases_and_norms_do_not_decay(name, tmp_path):
     assert any("A_log" in k for k in spared)
 
 
+def test_everything_may_decay(tmp_path):
+    brain, *_ = runs.build(CTC, tmp_path, weight_decay=0.1, decay_everything=True)
+    brain.init_optimizers()
+    assert {g["weight_decay"] for g in brain.optimizer.param_groups} == {0.1}
+
+
+# ---- Variants from the command line ----
+
+
+MIXERS = {
+    "Mamba": "modules.mamba.Mamba {d_state: 4}",
+    "TwoMambas": "modules.two_mambas.TwoMambas {d_state: 4, expand: 1, d_conv: 3}",
+    "BiMamba2": "modules.mamba2.BiMamba2 {d_state: 4, d_head: 8}",
+    "RoPEAttention": "modules.attention.RoPEAttention {num_heads: 2, dropout: 0.1}",
+    "BiMamba": "modules.mamba.BiMamba ",  # with its defaults, not with the file's
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_another_mixer_needs_no_file(name, tmp_path):
+    encoder = f"{{kernel_size: 5, mixer: !name:{MIXERS[name]}}}"
+    brain, train, valid, _ = runs.build(CTC, tmp_path, optimizer_step_limit=2, encoder=encoder)
+    layer = brain.modules.encoder.layers[0]
+    assert type(layer.mixer).__name__ == name
+    assert layer.conv.depthwise.kernel_size == (5,)
+    runs.fit(brain, train, valid)
+    assert brain.optimizer_step == 2
+
+
+def test_a_run_of_another_class_is_repeated_by_its_hyperparams(tmp_path):
+    options = {
+        "encoder": f"{{mask_padding: False, mixer: !name:{MIXERS['TwoMambas']}}}",
+        "activation": "!name:torch.nn.SiLU",
+        "decay_everything": True,
+    }
+    command = runs.command(
+        CTC, tmp_path / "a", number_of_epochs=1, optimizer_step_limit=2, **options
+    )
+    assert not (done := runs.run(command)).returncode, done
+    text = (tmp_path / "a/hyperparams.yaml").read_text()
+    (tmp_path / "b.yaml").write_text(text.replace(str(tmp_path / "a"), str(tmp_path / "b")))
+    again = [str(tmp_path / "b.yaml"), "--device=cpu", "--optimizer_step_limit=2"]
+    assert not (done := runs.run([*command[:2], *again])).returncode, done
+    assert runs.log_lines(tmp_path / "a") == runs.log_lines(tmp_path / "b") != []
+    _, hparams, *_ = runs.launch.start(again)
+    layer = hparams["encoder"].layers[0]
+    assert type(layer.mixer).__name__ == "TwoMambas" and layer.mixer.out_proj.in_features == 16
+    assert isinstance(layer.conv.activation, torch.nn.SiLU)
+    assert not hparams["encoder"].mask_padding and hparams["decay_everything"]
+
+
 # ---- Whole runs from the command line ----
 
 
