@@ -48,6 +48,9 @@ def parser():
     p.add_argument(
         "--lm-weight", type=number, metavar="W", help="its weight (the package's, or 0.5)"
     )
+    p.add_argument(
+        "--word-bonus", type=number, metavar="B", help="n-gram: added a word (the package's, or 0)"
+    )
 
     def limit(option, kind, default, what):
         metavar = "N" if kind is int else "X"
@@ -113,7 +116,12 @@ def service_of(options, limits, key):
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     recognizer = Recognizer.from_folder(
-        options.model, options.device, options.beam, options.lm, options.lm_weight
+        options.model,
+        options.device,
+        options.beam,
+        options.lm,
+        options.lm_weight,
+        options.word_bonus,
     )
     name = Path(options.model).resolve().name
     return Service(recognizer, name, limits, key, options.log_transcripts)

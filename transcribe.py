@@ -81,6 +81,9 @@ def add_model_options(p):
         "--lm-weight", type=number, metavar="W", help="its weight (the package's, or 0.5)"
     )
     p.add_argument(
+        "--word-bonus", type=number, metavar="B", help="n-gram: added a word (the package's, or 0)"
+    )
+    p.add_argument(
         "--chunk-seconds",
         type=number,
         metavar="S",
@@ -131,8 +134,10 @@ def load(arguments):
             raise UserError(
                 f"--device {arguments.device}: a file .onnx runs on the CPU; leave it out"
             )
-        if arguments.lm is not None:
-            raise UserError(f"--lm {arguments.lm}: give the package as --model, not a file .onnx")
+        for option in ("lm", "lm_weight", "word_bonus"):
+            if (value := getattr(arguments, option)) is not None:
+                named = f"--{option.replace('_', '-')} {value}"
+                raise UserError(f"{named}: give the package as --model, not a file .onnx")
         return OnnxRecognizer.from_file(arguments.model, arguments.beam)
     if find_spec("torch") is None:
         raise UserError(
@@ -147,6 +152,7 @@ def load(arguments):
         beam_size=arguments.beam,
         lm=arguments.lm,
         lm_weight=arguments.lm_weight,
+        word_bonus=arguments.word_bonus,
     )
 
 

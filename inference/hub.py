@@ -22,6 +22,12 @@ def located(source):
     folder = Path(source)
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file, and here a package is wanted, the folder that package.py makes; "
+            "of an export give the package that it was made of (transcribe.py and score.py alone "
+            "take a file .onnx)"
+        )
     name = NAME.fullmatch(str(source))
     # A mistake in the name of a folder here is no reason to ask others for it.
     if name is None or folder.parent.is_dir():

@@ -57,6 +57,11 @@ def check_run(run):
     """UserError unless a folder holds a training's hyperparams.yaml."""
     if not run.is_dir():
         raise UserError(f"there is no folder {run}; give the output_folder of a training")
+    if (run / "config.json").is_file():
+        raise UserError(
+            f"{run} is a package already, which can be copied as it is; to make another, give the "
+            "output_folder of a training, results/CTC/conmamba_large/3402 for instance"
+        )
     if not (run / "hyperparams.yaml").is_file():
         raise UserError(
             f"{run} holds no hyperparams.yaml; give the output_folder of a training, "

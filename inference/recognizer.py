@@ -45,7 +45,9 @@ class Recognizer(Listener):
             self.search.eval().to(self.device)
 
     @classmethod
-    def from_folder(cls, folder, device="auto", beam_size=None, lm=None, lm_weight=None):
+    def from_folder(
+        cls, folder, device="auto", beam_size=None, lm=None, lm_weight=None, word_bonus=None
+    ):
         """Load what package.py wrote; of a folder, nothing is written and no network is used.
 
         folder: or user/model[@revision] on the Hugging Face hub (`inference.hub`).
@@ -53,15 +55,16 @@ class Recognizer(Listener):
         beam_size: hypotheses kept, in place of the package's number.
         lm: a language model in place of the package's: a word n-gram, .arpa or .bin, for a CTC
         model; the folder of one from train_LM.py for a model with a decoder.
-        An n-gram for a package that has none is searched as WIDE, with no bonus a word.
+        An n-gram for the package of a run without one is searched as WIDE, with no bonus a word.
         lm_weight: of the language model; None: the package's, or 0.5.
+        word_bonus: added for every word where a CTC model has an n-gram; None: the package's, or 0.
         UserError names the file or the weight that is missing, unexpected or damaged.
         """
         folder = located(folder)
         device = best_device() if device == "auto" else check_device(device)
         limit_fft_plans(device)
         config = read_config(folder / "config.json")
-        change_search(config, folder, beam_size, lm, lm_weight)
+        change_search(config, folder, beam_size, lm, lm_weight, word_bonus)
         parts = build_parts(config["parts"])
         load_parts(parts, config, folder)
         if lm is not None and "decoder" in parts:
@@ -144,22 +147,31 @@ class Recognizer(Listener):
         return self.search(x, lengths)[0], log_probs
 
 
-def change_search(config, folder, beam_size, lm, lm_weight):
+def change_search(config, folder, beam_size, lm, lm_weight, word_bonus):
     """Let a package have another beam or language model; UserError where it cannot."""
     parts = config["parts"]
+    tuned = "lm_weight" in config  # with an n-gram, which need not be in the package
     if beam_size is not None:
         if beam_size < 1:
             raise UserError(f"beam_size={beam_size} must be at least 1, which is greedy search")
         parts["search"]["beam_size"] = beam_size
-    if lm_weight is not None:
-        if not math.isfinite(lm_weight):
-            raise UserError(f"lm_weight={lm_weight} must be a number, such as 0.5")
+    for name, value in (("lm_weight", lm_weight), ("word_bonus", word_bonus)):
+        if value is None:
+            continue
+        if not math.isfinite(value):
+            raise UserError(f"{name}={value} must be a number, such as 0.5")
         if lm is None and "ngram" not in config and "language_model" not in parts:
             raise UserError(
-                f"lm_weight={lm_weight} is a language model's, and the package has none; give lm"
+                f"{name}={value} is a language model's, and the package has none; give lm"
             )
+    if lm_weight is not None:
         config["lm_weight"] = lm_weight
     if "decoder" in parts:
+        if word_bonus is not None:
+            raise UserError(
+                f"word_bonus={word_bonus}: this model has a decoder, and a bonus a word goes with "
+                "the n-gram of a CTC model alone; leave it out"
+            )
         if lm is not None and not Path(lm).is_dir():
             raise UserError(
                 f"lm={lm}: this model has a decoder, and a word n-gram goes with CTC models alone; "
@@ -174,11 +186,13 @@ def change_search(config, folder, beam_size, lm, lm_weight):
     if lm is None and "ngram" in config:
         lm = present(folder / NGRAM)
     if lm is not None:
-        if "ngram" not in config:
+        if not tuned:
             search = parts["search"] = NO_BONUS | parts["search"]
             search["token_prune_min_logp"] = min(search.get("token_prune_min_logp", 0), WIDE)
         weight = config.get("lm_weight", 0.5)
         parts["search"] |= {"kenlm_model_path": str(lm), "alpha": weight}
+        if word_bonus is not None:
+            parts["search"]["beta"] = word_bonus
 
 
 def use_language_model(parts, config, folder):

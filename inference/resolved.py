@@ -46,7 +46,8 @@ class Resolved(ResolvedYAML):
 def configuration(resolved, use_lm=True):
     """The package's configuration of a resolved YAML file: what transcribing needs, no more.
 
-    use_lm: whether the test stage's language model goes along, if it has one.
+    use_lm: whether the test stage's language model goes along, if it has one; its weights, which
+    were tuned for it or one like it, do in any case.
     UserError for whatever is not as training writes it.
     """
     try:
@@ -71,16 +72,17 @@ def read_configuration(resolved, use_lm):
             "beam_prune_logp": resolved.value("beam_prune_logp"),
             "token_prune_min_logp": resolved.value("token_prune_min_logp"),
         }
-    if resolved.value("no_lm") or not use_lm:
+    if resolved.value("no_lm"):
         return config
     config["lm_weight"] = resolved.value("lm_weight")
     if "decoder" in order:
-        parts["language_model"] = resolved.value("make_lm")
         config["lm_temperature"] = resolved.value("temperature_lm")
-    else:
+    elif "word_bonus" in resolved:
+        parts["search"]["beta"] = resolved.value("word_bonus")
+    if use_lm and "decoder" in order:
+        parts["language_model"] = resolved.value("make_lm")
+    elif use_lm:
         config["ngram"] = NGRAM
-        if "word_bonus" in resolved:
-            parts["search"]["beta"] = resolved.value("word_bonus")
     return config
 
 

@@ -30,15 +30,15 @@ class Augmenter(nn.Module):
 
     def __init__(self, augmentations, augment_prob=1.0):
         super().__init__()
-        self.augmentations, self.augment_prob = list(augmentations), augment_prob
+        self.augment_prob = augment_prob
+        self.augmentations = [(a, lengths_arg_exists(a.forward)) for a in augmentations]
 
     def forward(self, x, lengths):
         """x (B, T, ...), relative lengths (B,) -> the same."""
         if random.random() > self.augment_prob:
             return x, lengths
-        for augment in self.augmentations:
-            known = {"lengths": lengths} if lengths_arg_exists(augment.forward) else {}
-            x = augment(x, **known)
+        for augment, takes_lengths in self.augmentations:
+            x = augment(x, lengths=lengths) if takes_lengths else augment(x)
             if isinstance(x, tuple):
                 x, lengths = x
         return x, lengths

@@ -20,7 +20,7 @@ from modules.launch import on_main
 from modules.mixing import MixedBatchSampler, read_mix, times_per_epoch
 from modules.options import top_level
 from modules.randomness import seeded
-from modules.shards import ShardDataset, load_shards, shard_batches
+from modules.shards import ShardDataset, load_shards, shard_batches, shards_of
 from modules.waveforms import Batch, KeptAudio, Unread
 from modules.whole import whole
 
@@ -28,7 +28,7 @@ from modules.whole import whole
 def prepare_manifests(hparams):
     """Write `<split>.csv` for every split, and the merged training manifest, on one process."""
     read_mix(hparams)  # its mistakes need not wait for the preparation
-    keeps_train = hparams.get("train_shards") or evaluates_elsewhere(hparams)
+    keeps_train = shards_of(hparams) or evaluates_elsewhere(hparams)
     train_splits = () if keeps_train else hparams["train_splits"]
     on_main(
         prepare_librispeech,
@@ -81,7 +81,7 @@ def load_manifest(path, hparams):
 def load_datasets(hparams):
     """Read the manifests: (train, valid, {test split: dataset})."""
     folder = Path(hparams["output_folder"])
-    shards = hparams.get("train_shards")
+    shards = shards_of(hparams)
     train = load_shards(hparams) if shards else load_manifest(hparams["train_csv"], hparams)
     valid = load_manifest(folder / f"{hparams['dev_splits'][0]}.csv", hparams)
     for split in hparams["dev_splits"][1:]:

@@ -121,6 +121,8 @@ def start(argv):
         print(describe(path, defaults))
         sys.exit(0)
     run_opts, overrides = read_options(argv, defaults)
+    if run_opts.test_only:
+        overrides["skip_train"] = True
     run_opts = choose_device(run_opts)
     limit_fft_plans(run_opts.device)
     values = top_level(path, overrides)

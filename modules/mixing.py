@@ -9,6 +9,7 @@ from torch.utils.data import Sampler
 
 from modules.datasets import Copy
 from modules.errors import UserError
+from modules.shards import shards_of
 
 EXAMPLE = "{train-clean-100: 10, synth-100: 1}"
 
@@ -42,11 +43,11 @@ def read_mix(hparams):
 def times_per_epoch(hparams, dataset):
     """How often every utterance of a training dataset comes in an epoch: [number], or None."""
     mix = read_mix(hparams)
-    if not mix:
+    if not mix or not len(dataset):
         return None
     times = {}
     for split, number in mix.items():
-        folder = hparams.get("train_shards") or hparams["output_folder"]
+        folder = shards_of(hparams) or hparams["output_folder"]
         path = Path(folder) / f"{split}.csv"
         try:
             with open(path, encoding="utf-8", newline="") as file:

@@ -193,7 +193,7 @@ def read_value(key, text, default):
     try:
         value = yaml.load(text, ValueLoader)
     except yaml.YAMLError:
-        example = "{name: !name:package.Class {}}" if default is Wiring else f"its default {default}"
+        example = "{a: !name:package.Class {}}" if default is Wiring else f"its default {default}"
         raise UserError(f"{key}={text!r} is no YAML; an example is {example}") from None
     if default is Wiring:
         if not isinstance(value, dict | Maker):

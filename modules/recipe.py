@@ -121,7 +121,8 @@ def summary(path, hparams, brain, train_hours, tests):
     """One screen: model, data, error rates, speed, files."""
     folder = Path(hparams["output_folder"])
     lines = [
-        *heading(path, hparams, brain, f"{train_hours:.2f} h"),
+        # An evaluation may be without what was learnt.
+        *heading(path, hparams, brain, f"{train_hours:.2f} h" if train_hours else "unknown hours"),
         "",
         f"{'test set':<20}{'hours':>8}{'WER %':>9}{'CER %':>9}{'RTF':>9}",
     ]

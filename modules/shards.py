@@ -20,17 +20,40 @@ from speechbrain.dataio.dataio import load_data_csv
 from torch.utils.data import Sampler
 
 from modules.corpus.shards import key_of, webdataset
-from modules.datasets import Copy, EpochDataset
+from modules.datasets import Copy, EpochDataset, without_utterances
 from modules.errors import UserError
+from modules.options import top_level
 from modules.waveforms import Unread
 
 logger = logging.getLogger(__name__)
 
 
+def shards_of(hparams):
+    """The folder of shards that a run learns from or, where it is evaluated, learnt; None: files.
+
+    The run's own hyperparams.yaml, or that of the one it resumes, knows what it learnt from.
+    """
+    if hparams.get("train_shards") or not hparams["skip_train"]:
+        return hparams.get("train_shards")
+    places, resume = [Path(hparams["output_folder"])], hparams.get("resume")
+    if resume:  # an output folder, its save folder, or a checkpoint in that
+        places += [Path(resume), *Path(resume).absolute().parents[:2]]
+    files = (place / "hyperparams.yaml" for place in places)
+    found = (top_level(path).get("train_shards") for path in files if path.is_file())
+    return next(filter(None, found), None)
+
+
 def load_shards(hparams):
-    """The training splits' manifests in `train_shards`, as one dataset; UserError when missing."""
-    folder, data = Path(hparams["train_shards"]), {}
-    webdataset()
+    """The training splits' manifests in a folder of shards, as one dataset.
+
+    UserError where one is missing; but an evaluation does without them, and has no utterance.
+    """
+    folder, data = Path(shards_of(hparams)), {}
+    if hparams["skip_train"]:
+        if not all((folder / f"{split}.csv").is_file() for split in hparams["train_splits"]):
+            return without_utterances()
+    else:
+        webdataset()
     for split in hparams["train_splits"]:
         path = folder / f"{split}.csv"
         if not path.is_file():

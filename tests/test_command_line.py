@@ -104,7 +104,7 @@ def test_yaml_must_come_first(capfd, monkeypatch):
             "cannot be made by modules.mamba.Mu",
         ),
         (["--encoder", "{mixer: !name:modules.mamba.Mamba {x: 1}}"], "argument 'x'"),
-        (["--encoder", "{mixer: !name:modules.mamba.Mamba x}"], "is no YAML; an example is {name: !name"),
+        (["--encoder", "{mixer: !name:modules.mamba.Mamba x}"], "is no YAML; an example is {a: !"),
         (["--encoder", "{mixer: !apply:os.getcwd []}"], "is no YAML"),
         (["--d_model", "!name:modules.mamba.Mamba {}"], "must be a number, as its default 80"),
         (["--encoder", "{num_layers: 0}"], "yaml: encoder: num_layers=0 must be at least 1"),
@@ -282,10 +282,10 @@ def test_language_model_that_is_not_there(fails, tmp_path):
     assert "set --pretrained_lm_tokenizer_path" in fails(S2S, no_lm=False)
     assert "set --kenlm_model_path" in fails(CTC, no_lm=False)
     message = fails(CTC, no_lm=False, kenlm_model_path=tmp_path / "a.arpa")
-    assert f"kenlm_model_path={tmp_path / 'a.arpa'} is no file" in message
+    assert f"the n-gram {tmp_path / 'a.arpa'} is no file" in message
     (tmp_path / "a.arpa").write_text("THE CAT\n")
     message = fails(CTC, no_lm=False, kenlm_model_path=tmp_path / "a.arpa")
-    assert f"kenlm_model_path={tmp_path / 'a.arpa'} holds no n-gram" in message
+    assert f"{tmp_path / 'a.arpa'} holds no n-gram" in message
 
 
 def test_language_model_that_does_not_fit(fails, tmp_path):

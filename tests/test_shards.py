@@ -2,6 +2,7 @@
 
 import csv
 import random
+import shutil
 import sys
 import tarfile
 from collections import Counter
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 import librispeech_prepare
+import train_CTC
 from modules.batches import WholeStepSampler, pack
 from modules.corpus.shards import key_of, write_shards
-from modules.data import train_loader_options
+from modules.data import hours, load_manifest, train_loader_options
 from modules.errors import UserError
 from modules.shards import ShardBatchSampler, ShardDataset, halve
 from tests.recipes import runs
@@ -204,6 +206,37 @@ def test_files_give_the_same_weights_to_the_bit(shards, straight, tmp_path, monk
     monkeypatch.setattr(ShardDataset, "audio", lambda _, name: files[name]["wav"])
     runs.train(CTC, tmp_path, train_shards=shards, **EVERYTHING | OPTIONS | {"num_workers": 0})
     assert_same_end(tmp_path, straight)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_evaluation_does_not_ask_for_shards(shards, straight, tmp_path, monkeypatch, gone):
+    """Nor for WebDataset, nor for the splits as files; where the manifest is, it has the hours."""
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    for split in ("dev", "test-a"):
+        shutil.copytree(runs.corpus() / split, tmp_path / "data" / split)
+    run, options = shutil.copytree(straight, tmp_path / "run"), runs.PLAIN | {"skip_train": True}
+    options |= {"data_folder": tmp_path / "data", "test_splits": "[test-a]"}
+    if gone:
+        yaml = run / "hyperparams.yaml"
+        yaml.write_text(yaml.read_text().replace(str(shards), "/gone"))
+    manifest = load_manifest(shards / "train.csv", {"data_folder": shards})
+    told = "unknown hours" if gone else f"{hours(manifest):.2f} h"
+    before = (run / "hyperparams.yaml").read_bytes()
+    named = {"train_shards": "/gone" if gone else shards, "train_mix": "{train: 1}"}
+    for folder, more in (
+        (run, {}),
+        (run, named),
+        (tmp_path / "new", {"resume": run}),
+        (tmp_path / "new", {"resume": run / "save"}),
+    ):
+        printed = runs.train(CTC, folder, **options | more)
+        assert f"training     {told} an epoch" in printed and "\ntest-a " in printed
+    del options["skip_train"]
+    argv = [*runs.arguments(CTC, run, **options), "--test_only"]
+    with runs.own_logging():
+        train_CTC.main(argv)
+    assert (run / "hyperparams.yaml").read_bytes() == before
+    assert not (run / "train.csv").exists()
 
 
 def test_a_killed_run_goes_on_to_the_bit(shards, straight, tmp_path, monkeypatch):

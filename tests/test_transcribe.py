@@ -261,6 +261,8 @@ def test_mistakes_are_told_before_work(ctc, s2s, folder, tmp_path, monkeypatch, 
         ("device='tpu' is unknown", a, "--model", ctc, "--device", "tpu"),
         ("no.arpa is no file", a, "--model", ctc, "--lm", tmp_path / "no.arpa"),
         ("whose search takes a word n-gram", a, "--model", ctc, "--lm", tmp_path),
+        ("bonus a word goes with", a, "--model", s2s, "--lm", tmp_path, "--word-bonus", 1),
+        (f"{a} is a file, and here a package", a, "--model", a),
         ("n-gram goes with CTC models", a, "--model", s2s, "--lm", "a.arpa"),
     ):
         shown = call(monkeypatch, capsys, *arguments, status=2)

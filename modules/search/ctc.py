@@ -89,9 +89,7 @@ class CTCSearch:
                     blank_index, self.labels, kenlm_model_path=known, **weights, **self.pruning
                 )
             except OSError as error:
-                raise UserError(
-                    f"kenlm_model_path={known} is no n-gram that KenLM reads: {error}"
-                ) from None
+                raise UserError(f"the n-gram {known} is none that KenLM reads: {error}") from None
             if known is None:
                 self.searcher.lm = WordScorer(kenlm_model_path, **weights)
 
@@ -141,17 +139,14 @@ def kenlm_missing():
 def check_kenlm(path):
     """UserError unless the n-gram file is there, and what reads it."""
     if not Path(path).is_file():
-        raise UserError(f"kenlm_model_path={path} is no file; give an .arpa or .bin n-gram")
+        raise UserError(f"the n-gram {path} is no file; give an .arpa or .bin")
     with open(path, "rb") as file:
         if not file.read(1024).lstrip().startswith(NGRAMS):
-            raise UserError(
-                f"kenlm_model_path={path} holds no n-gram; python -m modules.lm.ngram makes one of "
-                "text"
-            )
+            raise UserError(f"{path} holds no n-gram; python -m modules.lm.ngram makes one of text")
     missing = kenlm_missing()
     if missing and Path(path).suffix != ".arpa":
         raise UserError(
-            f"kenlm_model_path={path} needs {' and '.join(missing)}; "
+            f"the n-gram {path} needs {' and '.join(missing)}; "
             f"run `pip install {' '.join(missing)}`, or give an .arpa file"
         )
 

@@ -1,14 +1,17 @@
 """A CTC run's word n-gram: in the test stage, in the package, and in transcribing."""
 
-import json
 import shutil
 
 import pytest
 
+import score
+import serve
+import transcribe
 from inference import Recognizer
 from inference.hub import FILES
 from inference.package import package
 from inference.report.folder import Run
+from inference.server.limits import Limits
 from modules.errors import UserError
 from modules.lm import ngram
 from tests.recipes import runs
@@ -73,15 +76,42 @@ def test_what_cannot_be_packaged(run, tmp_path):
             package(copied, tmp_path / "package")
     without = package(copied, tmp_path / "without", use_lm=False)
     assert Recognizer.from_folder(without, device="cpu").search.searcher is None
-    # An n-gram that it gets later has more tokens of a frame to choose from than its own search.
-    config = json.loads((without / "config.json").read_text())
-    config["parts"]["search"]["token_prune_min_logp"] = -1.2
-    (without / "config.json").write_text(json.dumps(config))
-    searcher = Recognizer.from_folder(without, device="cpu", lm=arpa).search.searcher
-    assert (searcher.token_prune_min_logp, searcher.lm.alpha, searcher.lm.beta) == (-8.0, 0.5, 0.0)
-    with pytest.raises(UserError, match="is a language model's, and the package has none"):
-        Recognizer.from_folder(without, device="cpu", lm_weight=2.0)
+    for option in ("lm_weight", "word_bonus"):
+        with pytest.raises(UserError, match=f"{option}=2.0 is a language model's, and the package"):
+            Recognizer.from_folder(without, device="cpu", **{option: 2.0})
+    with pytest.raises(UserError, match="package is a package already, which can be copied"):
+        package(package(folder, tmp_path / "package"), tmp_path / "again")
     small = tmp_path / "small.arpa"
     small.write_text(arpa.read_text().lower())
     with pytest.raises(UserError, match="has words that the model cannot write, such as 'cab'"):
         Recognizer.from_folder(without, device="cpu", lm=small)
+
+
+def searched(folder, **options):
+    """(pruning, weight, bonus a word) of a package's search with an n-gram."""
+    searcher = Recognizer.from_folder(folder, device="cpu", **options).search.searcher
+    return searcher.token_prune_min_logp, searcher.lm.alpha, searcher.lm.beta
+
+
+def test_an_n_gram_that_comes_later(run, tmp_path):
+    """With the weights that were tuned for one; else with more tokens to choose from in a frame."""
+    folder, arpa = run
+    tuned = package(folder, tmp_path / "tuned", use_lm=False)
+    assert Recognizer.from_folder(tuned, device="cpu").search.searcher is None
+    assert searched(tuned, lm=arpa) == (-6.0, 4.0, 0.5)
+    assert searched(tuned, lm=arpa, lm_weight=1.0, word_bonus=0.0) == (-6.0, 1.0, 0.0)
+    plain = package(trained("ctc")[0], tmp_path / "plain")
+    assert searched(plain, lm=arpa) == (-8.0, 0.5, 0.0)
+    assert searched(plain, lm=arpa, word_bonus=1.5) == (-8.0, 0.5, 1.5)
+
+
+def test_a_bonus_a_word_on_the_command_line(run, tmp_path):
+    """Of transcribe.py, score.py and serve.py."""
+    folder, arpa = run
+    words = ["--model", str(package(folder, tmp_path / "package", use_lm=False)), "--device", "cpu"]
+    words += ["--lm", str(arpa), "--lm-weight", "1", "--word-bonus", "-2"]
+    for script, files in ((transcribe, ["a.wav"]), (score, ["a"])):
+        recognizer = script.load(script.parser().parse_args([*files, *words]))
+        assert recognizer.search.searcher.lm.beta == -2.0
+    service = serve.service_of(serve.parser().parse_args(words), Limits(), None)
+    assert service.recognizer.search.searcher.lm.beta == -2.0

@@ -47,10 +47,12 @@ def test_sigterm_lets_what_runs_end():
 def test_mistakes_are_told_before_it_serves(monkeypatch, capsys, tmp_path):
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "foreign").write_text("schlüssel", encoding="utf-8")
+    (tmp_path / "a.onnx").touch()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for message, *arguments in (
             ("there is no folder nowhere", "--model", "nowhere", "--port", 0),
+            ("a.onnx is a file, and here a package", "--model", tmp_path / "a.onnx", "--port", 0),
             (f"--port {port}: Address already in use", "--model", causal_package(), "--port", port),
             ("--host 192.0.2.1", "--model", causal_package(), "--host", "192.0.2.1"),
             ("--port 99999", "--model", causal_package(), "--port", 99999),
