@@ -2,6 +2,16 @@
 
 import torch
 
+# Inductor's.
+OPTIONS = {
+    # It pads products whose sizes are no multiple of 8, where that is faster by its timing, and
+    # gives the backward pass the padded strides of the first batch as those of all.
+    "shape_padding": False,
+    # LayerNorm's backward pass in one kernel that sums over both dimensions: at a width of 512 five
+    # times as slow as in two.
+    "triton.mix_order_reduction": False,
+}
+
 
 def compile_layers(encoder, backend="inductor"):
     """Compile an encoder's layers.
@@ -17,9 +27,7 @@ def compile_layers(encoder, backend="inductor"):
         # To PyTorch all but products is free to make again, which anything below 1 allows.
         torch._functorch.config.activation_memory_budget = 0.99
         encoder.gradient_checkpointing = False  # not once more around the layers
-    # Inductor pads products whose sizes are no multiple of 8, where that is faster by its timing,
-    # and gives the backward pass the padded strides of the first batch as those of all.
-    options = {"shape_padding": False, "triton.mix_order_reduction": False}
-    options = options if backend == "inductor" else None
     for layer in encoder.layers:
+        options = OPTIONS | getattr(layer.mixer, "compile_options", {})
+        options = options if backend == "inductor" else None
         layer.compile(dynamic=True, backend=backend, options=options)
