@@ -14,6 +14,7 @@ import torch
 
 from modules.ops import (
     causal_conv1d,
+    ctc,
     depthwise_conv1d,
     gating,
     mamba_step,
@@ -27,11 +28,12 @@ PACKAGES = (
 )
 OPERATORS = (
     *(selective_scan, state_space_dual, causal_conv1d, depthwise_conv1d),
-    *(gating, mamba_step),
+    *(gating, mamba_step, ctc),
 )
 VARIABLES = (
     *("MAMBA_ASR_SCAN_BACKEND", "MAMBA_ASR_CONV_BACKEND", "MAMBA_ASR_STEP_BACKEND"),
     *("MAMBA_ASR_DEPTHWISE_BACKEND", "MAMBA_ASR_GATE_BACKEND", "MAMBA_ASR_DUAL_BACKEND"),
+    "MAMBA_ASR_CTC_BACKEND",
     "OMP_NUM_THREADS",
 )
 

@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
 from modules.lengths import valid_frames, zero_padding
+from modules.ops.ctc import ctc
 
 
 def ctc_loss(logits, tokens, lengths, token_lengths, blank_index=0, reduction="batchmean"):
@@ -42,7 +43,7 @@ def ctc_columns(tokens, token_lengths, vocabulary, blank_index):
 
 
 class ColumnCTC(torch.autograd.Function):
-    """PyTorch's CTC of each utterance, (B,), on the columns that it looks at.
+    """CTC of each utterance, (B,), on the columns that it looks at.
 
     Elsewhere its gradient with respect to the logits is the softmax, which is written in their
     precision as it is computed: nothing of size (B, T, V) is kept in float32.
@@ -59,19 +60,15 @@ class ColumnCTC(torch.autograd.Function):
         ]
         valid = valid_frames(lengths, logits.shape[1]).unsqueeze(2)
         scores = torch.cat(scores).masked_fill_(~valid, 0.0)
-        with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-            scores.requires_grad_(ctx.needs_input_grad[0])
-            loss = F.ctc_loss(
-                scores.transpose(0, 1), labels, lengths, token_lengths, blank, reduction="none"
-            )
+        loss, grad = ctc(
+            scores, labels, lengths, token_lengths, blank, needs_grad=ctx.needs_input_grad[0]
+        )
         impossible = loss.isposinf()
-        if ctx.needs_input_grad[0]:
-            # PyTorch's is with respect to the logits already: softmax less posterior. It needs
-            # no correction for the columns left out.
-            (grad,) = torch.autograd.grad(loss, scores, torch.ones_like(loss))
+        if grad is not None:
+            # It needs no correction for the columns left out.
             grad = grad.gather(2, first.unsqueeze(1).expand_as(index))
             ctx.save_for_backward(logits, index, grad, valid & ~impossible.view(-1, 1, 1))
-        return loss.detach().masked_fill(impossible, 0.0)
+        return loss.masked_fill(impossible, 0.0)
 
     @staticmethod
     @once_differentiable

@@ -45,6 +45,7 @@ def assert_near(got, expected, tolerance):
 
 ROWS = {"u", "dt", "x", "y", "z", "out"}  # and their gradients: in the dtype of the model
 NUMBERS = {"frames", "piece_frames", "tile", "utterances", "reverse_from", "states"}
+NUMBERS |= {"columns", "most", "blank"}  # of CTC
 
 
 def compile_kernel(kernel, dtype, constants, warps, registers=None, **pointers):
