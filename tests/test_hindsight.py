@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train_CTC
+from benchmarks.models import build, make_batch, training_step
 from modules import hindsight, training
 from modules.checkpoints import Checkpointer
 from modules.ema import WeightAverage
@@ -241,3 +242,24 @@ def test_numbers_come_while_the_device_is_at_later_work():
     assert not later.query()
     assert told.copy.is_pinned()
     torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_asks_the_device_for_nothing(tmp_path, monkeypatch):
+    """With CTC's own kernels; what is told of the step before is waited for by an event."""
+    monkeypatch.setenv("MAMBA_ASR_CTC_BACKEND", "triton")
+    options = ["inter_ctc_layers=[1]", "noise_probability=1.0", "reverberation_probability=1.0"]
+    brain = build("conmamba", "tiny", tmp_path, "cuda", "bf16", "reduce-overhead", options)
+    brain.hparams.epoch_counter.current = 99  # the features' statistics stay as they are
+    try:
+        for step in range(6):  # the second records a graph
+            batch = make_batch(brain, 4, 3.0)
+            torch.cuda.set_sync_debug_mode("error" if step >= 4 else "default")
+            training_step(brain, batch)
+            torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    brain.settle()
+    assert brain.optimizer_step == 6
+    assert len(brain.graphs.graphs) == 1
