@@ -102,5 +102,5 @@ def test_mappings_are_replaced_and_arguments_changed(tmp_path):
     assert hparams["normalize"] == Counter({"x": 1, "z": 5})
     with pytest.raises(UserError, match=r"must be a mapping, such as .* takes the place of the fi"):
         given("train_mix", "3")
-    with pytest.raises(UserError, match="normalize makes an object; change the YAML file"):
+    with pytest.raises(UserError, match="normalize makes an object; give its arguments as"):
         given("normalize", "null")
