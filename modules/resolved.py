@@ -84,6 +84,12 @@ class ResolvedYAML:
         return {TAGS[prefix]: name} | {k.value: self.plain(v, named, key) for k, v in pairs}
 
 
+def plain_values(path, *keys):
+    """Plain values of a resolved file; None for a key that it lacks."""
+    resolved = ResolvedYAML(path, (), "a plain value alone")
+    return [resolved.value(key) if key in resolved else None for key in keys]
+
+
 def are_names(node):
     """Whether the keys of a mapping, where a node is one, are plain names."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
