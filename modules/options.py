@@ -51,6 +51,12 @@ def read_maker(loader, _, node):
 
 for tag in TAGS:
     ValueLoader.add_multi_constructor(tag, read_maker)
+# YAML 1.1, which PyYAML reads, has 1e-3 as text.
+ValueLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 class Wiring:
@@ -230,7 +236,7 @@ def is_number(value):
 
 
 def as_number(value):
-    """YAML 1.1 reads 1e-3 as text: Python's float reads it as people mean it."""
+    """What is text to YAML and a number to Python's float, such as inf."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
