@@ -155,6 +155,11 @@ def change_search(config, folder, beam_size, lm, lm_weight, word_bonus):
         if beam_size < 1:
             raise UserError(f"beam_size={beam_size} must be at least 1, which is greedy search")
         parts["search"]["beam_size"] = beam_size
+    if word_bonus is not None and "decoder" in parts:
+        raise UserError(
+            f"word_bonus={word_bonus}: this model has a decoder, and a bonus a word goes with the "
+            "n-gram of a CTC model alone; leave it out"
+        )
     for name, value in (("lm_weight", lm_weight), ("word_bonus", word_bonus)):
         if value is None:
             continue
@@ -167,11 +172,6 @@ def change_search(config, folder, beam_size, lm, lm_weight, word_bonus):
     if lm_weight is not None:
         config["lm_weight"] = lm_weight
     if "decoder" in parts:
-        if word_bonus is not None:
-            raise UserError(
-                f"word_bonus={word_bonus}: this model has a decoder, and a bonus a word goes with "
-                "the n-gram of a CTC model alone; leave it out"
-            )
         if lm is not None and not Path(lm).is_dir():
             raise UserError(
                 f"lm={lm}: this model has a decoder, and a word n-gram goes with CTC models alone; "

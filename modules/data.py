@@ -18,8 +18,8 @@ from modules.errors import UserError
 from modules.language_model import fetch
 from modules.launch import on_main
 from modules.mixing import MixedBatchSampler, read_mix, times_per_epoch
-from modules.options import top_level
 from modules.randomness import seeded
+from modules.resolved import plain_values
 from modules.shards import ShardDataset, load_shards, shard_batches, shards_of
 from modules.waveforms import Batch, KeptAudio, Unread
 from modules.whole import whole
@@ -54,9 +54,9 @@ def evaluates_elsewhere(hparams):
     learnt = folder / "hyperparams.yaml"
     if not (hparams["skip_train"] and learnt.is_file() and (folder / "train.csv").is_file()):
         return False
-    there = top_level(learnt)
-    places = [os.path.abspath(values["data_folder"]) for values in (there, hparams)]
-    return places[0] != places[1] or list(there["train_splits"]) != list(hparams["train_splits"])
+    there, splits = plain_values(learnt, "data_folder", "train_splits")
+    places = [os.path.abspath(str(place)) for place in (there, hparams["data_folder"])]
+    return places[0] != places[1] or splits != list(hparams["train_splits"])
 
 
 def load_manifest(path, hparams):

@@ -15,7 +15,7 @@ from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 from modules.errors import UserError
 from modules.keys import Keys, keys_of, remedy
 from modules.objects import load_objects
-from modules.resolved import TAGS, is_plain
+from modules.resolved import TAGS, PlainLoader, is_plain
 
 
 class Replacement:
@@ -40,7 +40,7 @@ RoundTripRepresenter.add_representer(
 )
 
 
-class ValueLoader(yaml.SafeLoader):
+class ValueLoader(PlainLoader):
     """Of a value on the command line: makes nothing, but keeps the tags of what makes objects."""
 
 
@@ -97,7 +97,7 @@ def top_level(path, overrides=None):
     """The YAML file's top-level keys, references resolved; `Wiring` for what is no plain value."""
     try:
         with open(path, encoding="utf-8") as f:
-            root = yaml.compose(resolve_references(f, overrides))
+            root = yaml.compose(resolve_references(f, overrides), Loader=PlainLoader)
     except (yaml.YAMLError, YAMLError, ValueError, KeyError, AttributeError) as error:
         if missing := re.match(r'The reference "(\w+)" is not valid', str(error)):
             raise UserError(
@@ -230,7 +230,7 @@ def is_number(value):
 
 
 def as_number(value):
-    """YAML 1.1 reads 1e-3 as text: Python's float reads it as people mean it."""
+    """What is text to YAML and a number to Python's float, such as inf."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

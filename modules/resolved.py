@@ -1,6 +1,7 @@
 """A training's hyperparams.yaml as plain data: read as text, nothing in it is executed."""
 
 import contextlib
+import re
 from pathlib import Path
 
 import yaml
@@ -10,8 +11,18 @@ from modules.errors import UserError
 TAGS = {"!new:": "new", "!name:": "factory"}
 LARGEST = 1 << 16  # bytes of a file: the shipped ones have a sixth of that
 MOST = 10_000  # nodes of a value, its aliases written out
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C bounds its depth
 SEQUENCE, MAPPING = "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
+
+
+class PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the one in C bounds its depth
+    """PyYAML's, to which 1e-3 is a number, as it is to HyperPyYAML: text by YAML 1.1."""
+
+
+PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 class ResolvedYAML:
@@ -26,7 +37,7 @@ class ResolvedYAML:
         if (size := Path(path).stat().st_size) > LARGEST:
             raise UserError(f"{path} has {size} bytes; training writes less than {LARGEST}")
         try:
-            root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=LOADER)
+            root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=PlainLoader)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"{path} is not a YAML file: {error}") from None
         if not isinstance(root, yaml.MappingNode) or not are_names(root):
@@ -82,6 +93,12 @@ class ResolvedYAML:
             raise UserError(f"{key}: give the arguments of {name} by name")
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         return {TAGS[prefix]: name} | {k.value: self.plain(v, named, key) for k, v in pairs}
+
+
+def plain_values(path, *keys):
+    """Plain values of a resolved file; None for a key that it lacks."""
+    resolved = ResolvedYAML(path, (), "a plain value alone")
+    return [resolved.value(key) if key in resolved else None for key in keys]
 
 
 def are_names(node):

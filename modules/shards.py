@@ -22,7 +22,7 @@ from torch.utils.data import Sampler
 from modules.corpus.shards import key_of, webdataset
 from modules.datasets import Copy, EpochDataset, without_utterances
 from modules.errors import UserError
-from modules.options import top_level
+from modules.resolved import plain_values
 from modules.waveforms import Unread
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 def shards_of(hparams):
     """The folder of shards that a run learns from or, where it is evaluated, learnt; None: files.
 
-    The run's own hyperparams.yaml, or that of the one it resumes, knows what it learnt from.
+    Its own hyperparams.yaml, or that of the run it resumes, knows what was learnt from: the first
+    that is a training's. They are read as plain data, as a checkpoint may be a stranger's.
     """
     if hparams.get("train_shards") or not hparams["skip_train"]:
         return hparams.get("train_shards")
@@ -39,8 +40,11 @@ def shards_of(hparams):
     if resume:  # an output folder, its save folder, or a checkpoint in that
         places += [Path(resume), *Path(resume).absolute().parents[:2]]
     files = (place / "hyperparams.yaml" for place in places)
-    found = (top_level(path).get("train_shards") for path in files if path.is_file())
-    return next(filter(None, found), None)
+    for path in filter(Path.is_file, files):
+        shards, only_evaluates = plain_values(path, "train_shards", "skip_train")
+        if shards or not only_evaluates:
+            return shards
+    return None
 
 
 def load_shards(hparams):

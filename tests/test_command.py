@@ -11,6 +11,7 @@ import pytest
 from modules.command import count, number, plain_errors, threads
 from modules.errors import UserError
 from modules.options import Wiring, load, read_options, top_level
+from modules.resolved import plain_values
 from tests.recipes import runs
 
 COUNTER = "normalize: !new:collections.Counter\n    x: 1\n"
@@ -102,5 +103,17 @@ def test_mappings_are_replaced_and_arguments_changed(tmp_path):
     assert hparams["normalize"] == Counter({"x": 1, "z": 5})
     with pytest.raises(UserError, match=r"must be a mapping, such as .* takes the place of the fi"):
         given("train_mix", "3")
-    with pytest.raises(UserError, match="normalize makes an object; change the YAML file"):
+    with pytest.raises(UserError, match="normalize makes an object; give its arguments as"):
         given("normalize", "null")
+
+
+def test_exponents_in_a_file_are_numbers(tmp_path):
+    """As to HyperPyYAML, for what the command line puts in their place and what is packaged."""
+    path = tmp_path / "a.yaml"
+    path.write_text("rate: 3e-3\ntext: '3e-3'\nlist: [1E5, .5e+1, -2.e0, e1, 1e]\n")
+    defaults = top_level(path)
+    assert defaults == load(path, {})
+    assert defaults == {"rate": 0.003, "text": "3e-3", "list": [1e5, 5.0, -2.0, "e1", "1e"]}
+    _, overrides = read_options([str(path), "--rate", "1e-3", "--text", "1e-3"], defaults)
+    assert overrides == {"rate": 0.001, "text": "1e-3"}
+    assert plain_values(path, "rate", "text", "more") == [0.003, "3e-3", None]

@@ -165,6 +165,17 @@ def test_values_that_are_fine():
     assert run_opts.max_grad_norm == overrides["max_grad_norm"] == -1
 
 
+def test_exponents_are_numbers_within_a_value_too(tmp_path):
+    mixer = "!name:modules.attention.RoPEAttention {num_heads: 2, dropout: 1e-2}"
+    argv = runs.arguments(CTC, tmp_path, encoder=f"{{dropout: 2E-1, mixer: {mixer}}}")
+    argv += ["--opt_class", "!name:torch.optim.AdamW {lr: 1e-3, betas: [9e-1, 98e-2]}"]
+    _, hparams, *_ = launch.start(argv)
+    layer = hparams["encoder"].layers[0]
+    assert (layer.conv.dropout.p, layer.mixer.attention.dropout) == (0.2, 0.01)
+    (group,) = hparams["opt_class"](hparams["model"].parameters()).param_groups
+    assert (group["lr"], tuple(group["betas"])) == (0.001, (0.9, 0.98))
+
+
 # ---- Devices ----
 
 

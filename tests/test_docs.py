@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hyperpyyaml import load_hyperpyyaml
 
+from modules import launch
 from modules.options import RUN_OPTIONS, Wiring, top_level
 
 ROOT = Path(__file__).parents[1]
@@ -162,5 +163,22 @@ def test_variants_build(file, old, new, tmp_path):
     assert layer.conv.causal == ("causal: True" in new)
 
 
+def commanded():
+    """The variants that need no file: [words after the script's name]."""
+    for words in commands(CONFIGURATION):
+        if any(word.startswith(("--encoder", "--frontend", "--alphabet")) for word in words):
+            yield words[2:]
+
+
+@pytest.mark.parametrize("words", commanded(), ids=" ".join)
+def test_variants_by_the_command_line_build(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    small = [f"--output_folder={tmp_path}", "--num_encoder_layers=1", "--device=cpu"]
+    _, hparams, *_ = launch.start([*words, *small])
+    named = {c for word in words for c in re.findall(r"!name:[\w.]*\.(\w+)", word)}
+    assert named <= {type(m).__name__ for m in hparams["encoder"].modules()}
+
+
 def test_variants_are_shown():
     assert len(list(variants())) >= 3
+    assert len(list(commanded())) >= 3

@@ -81,6 +81,30 @@ def warnings(caplog):
     return [r.getMessage() for r in caplog.records if "not finite" in r.getMessage()]
 
 
+# ---- Where it can ----
+
+
+def test_it_takes_graphs_one_batch_a_step_one_process_and_an_optimizer_that_skips(
+    tmp_path, monkeypatch
+):
+    brain, *_ = runs.build(CTC, tmp_path)
+    brain.init_optimizers()
+    brain.graphs = object()
+    assert not brain.looks_back()  # the optimizer is not fused on a CPU
+    monkeypatch.setattr(training, "fused", lambda cls, *_: functools.partial(cls, fused=True))
+    brain.init_optimizers()
+    assert brain.looks_back()
+    for name, value in (
+        ("graphs", None),
+        ("grad_accumulation_factor", 2),
+        ("distributed_launch", True),
+        ("scaler", torch.amp.GradScaler("cpu")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(brain, name, value)
+            assert not brain.looks_back()
+
+
 # ---- The same, only later ----
 
 

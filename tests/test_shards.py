@@ -17,7 +17,7 @@ from modules.batches import WholeStepSampler, pack
 from modules.corpus.shards import key_of, write_shards
 from modules.data import hours, load_manifest, train_loader_options
 from modules.errors import UserError
-from modules.shards import ShardBatchSampler, ShardDataset, halve
+from modules.shards import ShardBatchSampler, ShardDataset, halve, shards_of
 from tests.recipes import runs
 from tests.test_distributed import finish, start_ranks
 from tests.test_exact_resume import CTC, EVERYTHING, assert_same_end
@@ -237,6 +237,31 @@ def test_an_evaluation_does_not_ask_for_shards(shards, straight, tmp_path, monke
         train_CTC.main(argv)
     assert (run / "hyperparams.yaml").read_bytes() == before
     assert not (run / "train.csv").exists()
+
+
+def test_the_first_training_says_what_was_learnt_from(tmp_path):
+    """Not the one that it was itself started from."""
+    for name, text in (
+        ("first", "train_shards: /shards\nskip_train: false\n"),
+        ("then", "train_shards: # files\nskip_train: false\n"),
+        ("evaluated", "train_shards:\nskip_train: true\n"),
+        ("older", "data_folder: /data\n"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "hyperparams.yaml").write_text(text)
+    hparams = {"train_shards": None, "skip_train": True}
+    for output, resume, expected in (
+        ("first", None, "/shards"),
+        ("then", "first", None),
+        ("older", "first", None),
+        ("evaluated", "first/save/CKPT+1", "/shards"),
+        ("new", "first/save", "/shards"),
+        ("new", "then", None),
+        ("new", None, None),
+    ):
+        places = {"output_folder": tmp_path / output, "resume": resume and tmp_path / resume}
+        assert shards_of(hparams | places) == expected
+    assert shards_of(hparams | places | {"skip_train": False}) is None
 
 
 def test_a_killed_run_goes_on_to_the_bit(shards, straight, tmp_path, monkeypatch):

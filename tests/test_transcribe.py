@@ -262,6 +262,7 @@ def test_mistakes_are_told_before_work(ctc, s2s, folder, tmp_path, monkeypatch, 
         ("no.arpa is no file", a, "--model", ctc, "--lm", tmp_path / "no.arpa"),
         ("whose search takes a word n-gram", a, "--model", ctc, "--lm", tmp_path),
         ("bonus a word goes with", a, "--model", s2s, "--lm", tmp_path, "--word-bonus", 1),
+        ("bonus a word goes with", a, "--model", s2s, "--word-bonus", 1),
         (f"{a} is a file, and here a package", a, "--model", a),
         ("n-gram goes with CTC models", a, "--model", s2s, "--lm", "a.arpa"),
     ):

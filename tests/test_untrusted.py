@@ -212,6 +212,21 @@ def test_yaml_that_would_run_code_or_fill_memory(name, copied, mark, tmp_path, c
     assert not (tmp_path / "package").exists()
 
 
+@pytest.mark.parametrize("place", ["output_folder", "resume"])
+def test_an_evaluation_runs_nothing_that_hyperparams_name(place, copied, mark, tmp_path):
+    """It asks the run's hyperparams.yaml, or that of the one to resume, what was learnt from."""
+    path, folder = copied[0] / "hyperparams.yaml", copied[0]
+    call = f"!applyref:os.system [touch {mark}]"
+    path.write_text(f"{path.read_text()}\nx: {call}\n")
+    options = {"skip_train": True}
+    if place == "resume":
+        folder, options["resume"] = tmp_path / "new", folder
+    assert "WER" in runs.train(CTC, folder, **options)
+    path.write_text(path.read_text().replace("train_shards:", f"train_shards: {call}", 1))
+    with pytest.raises(UserError, match=r"train_shards holds !applyref:os.system"):
+        runs.train(CTC, folder, **options)
+
+
 def test_a_part_of_the_model_may_not_be_another_class(copied, mark):
     path = copied[0] / "hyperparams.yaml"
     text = path.read_text()
