@@ -9,6 +9,7 @@ import torch
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.metric_stats import ErrorRateStats
 
+from modules.casting import with_weights_cast
 from modules.compilation import compile_layers
 from modules.ema import WeightAverage
 from modules.errors import UserError
@@ -170,10 +171,13 @@ class ASRBrain(TrainingBrain):
         compile_layers(self.modules.encoder)
         self.graphs = None
         if self.compile_mode == "reduce-overhead":
-            self.evaluation_graphs = Graphs(self.layers)
+            layers = torch.nn.ModuleList([self.modules.frontend, self.modules.encoder])
+            self.evaluation_graphs = Graphs(with_weights_cast(self.layers, layers))
             # A training's graph would repeat the chunk size that it was recorded with.
             if not self.distributed_launch and self.modules.encoder.chunks is None:
-                self.graphs = TrainingGraphs(self.network, self.hparams.model.parameters())
+                within = [m for name, m in self.modules.items() if not name.endswith("_head")]
+                network = with_weights_cast(self.network, torch.nn.ModuleList(within))
+                self.graphs = TrainingGraphs(network, self.hparams.model.parameters())
 
     def check_loss_isfinite(self, loss):
         super().check_loss_isfinite(loss)

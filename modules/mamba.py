@@ -5,6 +5,7 @@ A, B, C, D the state-space matrices, N = d_state, K = d_conv, d_inner = expand *
 """
 
 import math
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ class SelectiveSSM(nn.Module):
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.empty(d_inner))
         self.A_log.no_weight_decay = self.D.no_weight_decay = True
+        self.dt_proj.bias.full_precision = True  # the scan adds it, no product
         self.reset_parameters()
 
     def reset_parameters(self, dt_min=1e-3, dt_max=0.1):
@@ -251,7 +253,7 @@ class BiMamba(nn.Module):
 
     def _both(self, name):
         """A parameter of both directions, stacked."""
-        return torch.stack([m.get_parameter(name) for m in (self.forward_ssm, self.backward_ssm)])
+        return torch.stack([*map(attrgetter(name), (self.forward_ssm, self.backward_ssm))])
 
 
 def run_in_chunks(forward, backward, x_forward, x_backward, lengths, state, chunk):

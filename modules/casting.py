@@ -1,0 +1,69 @@
+"""The weights of matrix products in autocast's dtype, cast all at once.
+
+Autocast casts each weight where it is used: a launch of a few microseconds each, 250 and more a
+step, and in the backward pass as many for the gradients. A recorded step repeats them all.
+"""
+
+import functools
+
+import torch
+from torch import nn
+from torch.nn.utils.stateless import _reparametrize_module
+
+
+def with_weights_cast(network, modules):
+    """A function like `network`, which under autocast finds modules' weights cast already.
+
+    Numbers are autocast's own, with its cache: a weight used twice has the sum of its gradients
+    rounded to that dtype.
+    modules: nn.Module whose submodules the network calls, and no others.
+    """
+    names = [name for name, _ in weights_of_products(modules)]
+
+    @functools.wraps(network)
+    def run(*inputs, **options):
+        device = inputs[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return network(*inputs, **options)
+        weights = [modules.get_parameter(name) for name in names]
+        copies = _Cast.apply(torch.get_autocast_dtype(device), *weights)
+        with _reparametrize_module(modules, dict(zip(names, copies, strict=True))):
+            return network(*inputs, **options)
+
+    return run
+
+
+def weights_of_products(modules):
+    """The (name, parameter) pairs that only matrix products and 2-D convolutions use.
+
+    All others, of norms, of depthwise convolutions and of the state space, stay in their precision.
+    """
+    for prefix, module in modules.named_modules():
+        product = isinstance(module, nn.Linear | nn.Conv2d)
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            attention = name.endswith(("in_proj_weight", "in_proj_bias"))
+            if (product or attention) and not getattr(parameter, "full_precision", False):
+                yield name, parameter
+
+
+class _Cast(torch.autograd.Function):
+    """Tensors in another dtype, and their gradients back, in few launches."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [x.dtype for x in tensors]
+        copies = [torch.empty_like(x, dtype=dtype) for x in tensors]
+        torch._foreach_copy_(copies, list(tensors))
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        whole = [
+            None if g is None else torch.empty_like(g, dtype=dtype)
+            for g, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        given = [(w, g) for w, g in zip(whole, gradients, strict=True) if g is not None]
+        if given:
+            torch._foreach_copy_(*map(list, zip(*given, strict=True)))
+        return (None, *whole)

@@ -1,0 +1,100 @@
+"""Weights that are cast all at once give autocast's numbers."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from modules.attention import RelPosAttention, RoPEAttention
+from modules.casting import weights_of_products, with_weights_cast
+from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
+from modules.encoder import Encoder
+from modules.mamba import BiMamba, Mamba
+from modules.mamba2 import BiMamba2
+from modules.two_mambas import TwoMambas
+
+MIXERS = [
+    BiMamba,
+    Mamba,
+    BiMamba2,
+    TwoMambas,
+    partial(RelPosAttention, num_heads=4),
+    partial(RoPEAttention, num_heads=4),
+]
+LENGTHS = torch.tensor([40, 25])
+
+
+def make_encoder(mixer=BiMamba):
+    torch.manual_seed(0)
+    return Encoder(20, 32, 64, 2, mixer, kernel_size=7, dropout=0.0)
+
+
+def learn(module, network, *inputs):
+    """Output and gradients under autocast, which casts anew at every use."""
+    module.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        y = network(*inputs)
+    y.float().square().sum().backward()
+    return y, [p.grad for p in module.parameters()]
+
+
+def assert_same(module, network, inputs, rtol=0.0):
+    cast = with_weights_cast(network, nn.ModuleList([module]))
+    (ours, gradients), (theirs, expected) = (learn(module, f, *inputs) for f in (cast, network))
+    assert torch.equal(ours, theirs)
+    for (name, _), g, e in zip(module.named_parameters(), gradients, expected, strict=True):
+        assert (g is None) == (e is None), name
+        if g is not None:
+            assert g.dtype == torch.float32
+            error = (g - e).abs().max()
+            assert error <= rtol * e.abs().max(), (name, error.item())
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_an_encoder_learns_the_same(mixer):
+    encoder = make_encoder(mixer)
+    x = torch.randn(2, 40, 20)
+    assert_same(encoder, lambda x: encoder(x, LENGTHS)[0], [x])
+
+
+@pytest.mark.parametrize(
+    ("layer", "rtol"),
+    # Its cross Mamba reads memory and tokens: two gradients of each weight are added.
+    [(partial(TransformerDecoderLayer, num_heads=4), 0.0), (MambaDecoderLayer, 1e-2)],
+)
+def test_a_decoder_learns_the_same(layer, rtol):
+    torch.manual_seed(0)
+    decoder = Decoder(11, 32, 64, 2, partial(layer, dropout=0.0))
+    tokens, token_lengths = torch.randint(1, 11, (2, 9)), torch.tensor([9, 5])
+
+    def network(memory):
+        return decoder(tokens, token_lengths, memory, LENGTHS)[0]
+
+    assert_same(decoder, network, [torch.randn(2, 40, 32)], rtol)
+
+
+def test_weights_are_the_modules_own_again_and_in_their_precision():
+    encoder = make_encoder()
+    before = dict(encoder.named_parameters())
+    seen = {}
+
+    def network(x):
+        seen.update(encoder.named_parameters())
+        seen.update({name: encoder.get_submodule(name[:-7]).weight for name in names(encoder)})
+        return encoder(x, LENGTHS)[0]
+
+    cast = with_weights_cast(network, nn.ModuleList([encoder]))
+    x = torch.randn(2, 40, 20)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        cast(x)
+    halves = {name for name, p in seen.items() if p.dtype == torch.bfloat16}
+    assert halves >= names(encoder) and len(halves) > 20
+    assert not any(n.endswith(("A_log", ".D", "dt_proj.bias", "norm.weight")) for n in halves)
+    assert all(p is before[name] for name, p in encoder.named_parameters())
+    cast(x)  # without autocast
+    assert seen["layers.0.ffn1.0.weight"].dtype == torch.float32
+
+
+def names(encoder):
+    return {name for name, _ in weights_of_products(encoder) if name.endswith(".weight")}
