@@ -7,6 +7,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from modules.lengths import valid_frames, zero_padding
 from modules.ops.ctc import ctc
+from modules.ops.softmax import normalizers, scaled_softmax
 
 
 def ctc_loss(logits, tokens, lengths, token_lengths, blank_index=0, reduction="batchmean"):
@@ -52,14 +53,10 @@ class ColumnCTC(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, lengths, token_lengths, columns, first, blank):
         index = columns.unsqueeze(1).expand(-1, logits.shape[1], -1)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        n = utterances_at_once(logits)
-        scores = [
-            x.log_softmax(dim=2, dtype=dtype).gather(2, i)
-            for x, i in zip(logits.split(n), index.split(n), strict=True)
-        ]
-        valid = valid_frames(lengths, logits.shape[1]).unsqueeze(2)
-        scores = torch.cat(scores).masked_fill_(~valid, 0.0)
+        whole = normalizers(logits)
+        scores = logits.gather(2, index).to(whole.dtype) - whole.unsqueeze(2)
+        valid = valid_frames(lengths, logits.shape[1])
+        scores.masked_fill_(~valid.unsqueeze(2), 0.0)
         loss, grad = ctc(
             scores, labels, lengths, token_lengths, blank, needs_grad=ctx.needs_input_grad[0]
         )
@@ -67,27 +64,19 @@ class ColumnCTC(torch.autograd.Function):
         if grad is not None:
             # It needs no correction for the columns left out.
             grad = grad.gather(2, first.unsqueeze(1).expand_as(index))
-            ctx.save_for_backward(logits, index, grad, valid & ~impossible.view(-1, 1, 1))
+            ctx.save_for_backward(logits, whole, index, grad, valid & ~impossible.unsqueeze(1))
         return loss.masked_fill(impossible, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        logits, index, column_grad, counts = ctx.saved_tensors
-        grad, grad_loss = torch.empty_like(logits), grad_loss.view(-1, 1, 1)
-        n = utterances_at_once(logits)
-        parts = (x.split(n) for x in (logits, grad_loss, grad))
-        for x, factor, out in zip(*parts, strict=True):
-            torch.mul(x.softmax(dim=2, dtype=column_grad.dtype), factor, out=out)
-        grad.scatter_(2, index, (column_grad * grad_loss).to(grad.dtype))
+        logits, whole, index, column_grad, counts = ctx.saved_tensors
+        factors = grad_loss.to(whole.dtype).unsqueeze(1).masked_fill(~counts, 0.0)
+        grad = scaled_softmax(logits, whole, factors)
+        column_grad = column_grad * factors.unsqueeze(2)
         # Not multiplied by zero, which NaN would survive.
-        return grad.masked_fill_(~counts, 0.0), *[None] * 6
-
-
-def utterances_at_once(logits):
-    """How many utterances of (B, T, V) take about 32 MB in float32."""
-    _, T, V = logits.shape
-    return max(1, 2**23 // max(1, T * V))
+        column_grad = column_grad.masked_fill_((factors == 0).unsqueeze(2), 0.0)
+        return grad.scatter_(2, index, column_grad.to(grad.dtype)), *[None] * 6
 
 
 def consistency_loss(logits, lengths):

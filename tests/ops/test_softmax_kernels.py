@@ -1,0 +1,78 @@
+"""Softmax by Triton equals PyTorch's in float64.
+
+Triton runs on a CUDA device, elsewhere in its interpreter, in a process of its own.
+"""
+
+import pytest
+import torch
+
+from modules.ops import softmax
+from tests.ops.interpreted import (
+    DEVICE,
+    assert_near,
+    installed,
+    outside,
+    run_in_the_interpreter,
+    runs_kernels,
+)
+
+
+@installed
+@outside
+def test_in_the_interpreter():
+    assert run_in_the_interpreter(__file__) >= 10
+
+
+def random_logits(B, T, V, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(V)
+    logits = (5 * torch.randn(B, T, V, generator=generator)).to(dtype)
+    factors = torch.randn(B, T, generator=generator)
+    factors[0, 0] = 0.0
+    return logits.to(DEVICE), factors.to(DEVICE)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("V", [3, 64, 4096, 5000])
+def test_equals_pytorch_in_double(V, dtype):
+    logits, factors = random_logits(2, 3, V, dtype)
+    sums = softmax.normalizers(logits, backend="triton")
+    got = softmax.scaled_softmax(logits, sums, factors, backend="triton")
+    assert (sums.dtype, got.dtype) == (torch.float32, dtype)
+    expected = logits.double().logsumexp(2)
+    probabilities = logits.double().softmax(2) * factors.unsqueeze(2)
+    eps = torch.finfo(dtype).eps
+    assert_near([sums.double(), got.double()], [expected, probabilities], max(eps, 1e-6))
+    assert not got[0, 0].any()
+
+
+@runs_kernels
+def test_large_and_infinite_logits():
+    logits, factors = random_logits(1, 4, 5000)
+    logits[0, 1] += 1e4
+    logits[0, 2, ::2] = float("-inf")
+    logits[0, 3, 7] = 1e4
+    sums = softmax.normalizers(logits, backend="triton")
+    torch.testing.assert_close(sums.double(), logits.double().logsumexp(2), rtol=1e-6, atol=0)
+    got = softmax.scaled_softmax(logits, sums, factors, backend="triton")
+    expected = logits.double().softmax(2) * factors.unsqueeze(2)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-2, atol=1e-7)
+
+
+@runs_kernels
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nan_stays_unless_the_factor_is_zero(backend):
+    logits, factors = random_logits(1, 3, 70)
+    logits[0, :2, 5] = float("nan")
+    sums = softmax.normalizers(logits, backend=backend)
+    assert sums.isnan().tolist() == [[True, True, False]]
+    got = softmax.scaled_softmax(logits, sums, factors, backend=backend)
+    assert not got[0, 0].any() and got[0, 1].isnan().all() and got[0, 2].isfinite().all()
+
+
+@runs_kernels
+def test_no_rows():
+    logits, factors = torch.zeros(0, 3, 5, device=DEVICE), torch.zeros(0, 3, device=DEVICE)
+    sums = softmax.normalizers(logits, backend="triton")
+    assert sums.shape == (0, 3)
+    assert softmax.scaled_softmax(logits, sums, factors, backend="triton").shape == (0, 3, 5)
