@@ -1,8 +1,5 @@
 """Softmax over a large vocabulary of which CTC wants a few columns: nothing of its size is kept."""
 
-import torch
-
-from modules.ops import kernels
 from modules.ops.backends import Backends, Call
 from modules.ops.softmax import pytorch, triton
 
@@ -36,6 +33,5 @@ def scaled_softmax(logits, normalizers, factors, *, backend="auto"):
 
 
 def _pick(logits, backend):
-    B, T, V = logits.shape
-    call = Call(logits.device.type, logits.dtype, V, False, False, False)
+    call = Call(logits.device.type, logits.dtype, logits.shape[2], False, False, False)
     return _backends.pick(backend, call)
