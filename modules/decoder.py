@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from modules.attention import CachedAttention, fused_width, sine_encoding
+from modules.dropout import Dropout
 from modules.encoder_layer import FeedForward
 from modules.initialization import initialize
 from modules.lengths import valid_frames, zero_padding
@@ -80,7 +81,7 @@ class TransformerDecoderLayer(nn.Module):
         self.cross_attention = CachedAttention(d_model, num_heads, dropout)
         self.ffn_norm = nn.LayerNorm(d_model, eps=1e-6)
         self.ffn = FeedForward(d_model, d_ffn, activation, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x, lengths, memory, memory_lengths):
         """x (B, U, D), lengths (B,), memory (B, T, D), memory_lengths (B,) -> (B, U, D)."""
