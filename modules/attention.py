@@ -146,30 +146,49 @@ class CachedAttention(nn.Module):
         super().__init__()
         check_heads(d_model, num_heads)
         self.num_heads, self.dropout = num_heads, dropout
+        self.head_dim = d_model // num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * d_model))
         self.out_proj = nn.Linear(d_model, d_model)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def split_heads(self, x):
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def split_heads(self, x, width):
+        """x (B, T, n D) -> (B, n H, T, width), each head with zeros up to a width >= D / H."""
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if width > self.head_dim:
+            x = F.pad(x, (0, width - self.head_dim))
+        return x.transpose(1, 2)
 
-    def project_memory(self, memory):
-        """memory (B, T, D) -> keys, values (B, H, T, D / H)."""
+    def project_memory(self, memory, width=None):
+        """memory (B, T, D) -> keys, values (B, H, T, width), by default D / H wide."""
         d_model = memory.shape[-1]
         keys_values = F.linear(memory, self.in_proj_weight[d_model:], self.in_proj_bias[d_model:])
-        return tuple(self.split_heads(part) for part in keys_values.chunk(2, dim=-1))
+        return self.split_heads(keys_values, width or self.head_dim).chunk(2, dim=1)
 
-    def forward(self, x, keys, values, mask=None):
-        """x (B, U, D), keys and values (B, H, T, D / H), mask bool (True attends) -> (B, U, D)."""
+    def forward(self, x, keys, values, mask=None, is_causal=False):
+        """x (B, U, D), keys and values (B, H, T, width), mask bool (True attends) -> (B, U, D).
+
+        is_causal, in place of a mask: T = U, and nothing attends to what comes after it.
+        """
         d_model = x.shape[-1]
         query = F.linear(x, self.in_proj_weight[:d_model], self.in_proj_bias[:d_model])
         y = F.scaled_dot_product_attention(
-            self.split_heads(query),
+            self.split_heads(query, keys.shape[-1]),
             keys,
             values,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            scale=self.head_dim**-0.5,
         )
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        return self.out_proj(y[..., : self.head_dim].transpose(1, 2).flatten(2))
+
+
+def fused_width(head_dim, device):
+    """How wide heads must be, filled up with zeros, for one kernel to attend: a CUDA device's.
+
+    PyTorch's kernels that take a mask want a multiple of eight in half precision; what they do not
+    take runs as products and a softmax in float32.
+    """
+    return head_dim + (-head_dim % 8 if device.type == "cuda" else 0)

@@ -161,14 +161,16 @@ class ASRBrain(TrainingBrain):
     # ---- Optimisation ----
 
     def _compile(self):
-        """--compile: SpeechBrain's option, which here compiles the encoder layer by layer.
+        """--compile: SpeechBrain's option, which here compiles encoder and decoder layer by layer.
 
         With --compile_mode reduce-overhead a single process trains by CUDA graphs too.
         """
         if not self.compile or self.compile_module_keys:
             super()._compile()
             return
-        compile_layers(self.modules.encoder)
+        for part in ("encoder", "decoder"):
+            if part in self.modules:
+                compile_layers(self.modules[part])
         self.graphs = None
         if self.compile_mode == "reduce-overhead":
             layers = torch.nn.ModuleList([self.modules.frontend, self.modules.encoder])

@@ -1,4 +1,4 @@
-"""torch.compile for an encoder's layers: one small graph serves all of them."""
+"""torch.compile for the layers of an encoder or a decoder: one small graph serves all of them."""
 
 import torch
 
@@ -13,21 +13,22 @@ OPTIONS = {
 }
 
 
-def compile_layers(encoder, backend="inductor"):
-    """Compile an encoder's layers.
+def compile_layers(network, backend="inductor"):
+    """Compile the layers of an encoder, or of a decoder for teacher forcing.
 
     For batches of any size; what is compiled for one layer serves all. With the encoder's
     `gradient_checkpointing` a compiled layer keeps what its matrix products gave, and makes the
-    rest again in the backward pass, fused with what needs it.
+    rest again in the backward pass, fused with what needs it. A search's `advance` stays as it is.
     backend: torch.compile's.
     """
     # With and without gradients, in each precision, for one utterance and for more.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    if encoder.gradient_checkpointing:
+    if getattr(network, "gradient_checkpointing", False):
         # To PyTorch all but products is free to make again, which anything below 1 allows.
         torch._functorch.config.activation_memory_budget = 0.99
-        encoder.gradient_checkpointing = False  # not once more around the layers
-    for layer in encoder.layers:
-        options = OPTIONS | getattr(layer.mixer, "compile_options", {})
+        network.gradient_checkpointing = False  # not once more around the layers
+    for layer in network.layers:
+        mixer = getattr(layer, "mixer", None)
+        options = OPTIONS | getattr(mixer, "compile_options", {})
         options = options if backend == "inductor" else None
         layer.compile(dynamic=True, backend=backend, options=options)

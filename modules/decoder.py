@@ -1,13 +1,15 @@
 """Attention and state-space decoders: tokens (B, U) and memory (B, T, D) -> (B, U, D).
 
 A decoder reads the memory once (`start`), then advances token by token or all at once with the
-same code (`advance`); training and search differ only in how many tokens they pass.
+same code (`advance`); training, a layer's `forward`, and search differ only in how many tokens they
+pass.
 """
 
 import torch
 from torch import nn
 
-from modules.attention import CachedAttention, sine_encoding
+from modules.attention import CachedAttention, fused_width, sine_encoding
+from modules.dropout import Dropout
 from modules.encoder_layer import FeedForward
 from modules.initialization import initialize
 from modules.lengths import valid_frames, zero_padding
@@ -37,6 +39,10 @@ class MambaDecoderLayer(nn.Module):
         self.cross_mamba = Mamba(d_model, d_state, expand, d_conv)
         self.ffn_norm = nn.LayerNorm(d_model, eps=1e-6)
         self.ffn = FeedForward(d_model, d_ffn, activation, dropout)
+
+    def forward(self, x, lengths, memory, memory_lengths):
+        """x (B, U, D), lengths (B,), memory (B, T, D), memory_lengths (B,) -> (B, U, D)."""
+        return self.advance(x, lengths, self.start(memory, memory_lengths))[0]
 
     def start(self, memory, lengths):
         """Read each utterance's memory up to its own length: the state before the first token."""
@@ -75,11 +81,20 @@ class TransformerDecoderLayer(nn.Module):
         self.cross_attention = CachedAttention(d_model, num_heads, dropout)
         self.ffn_norm = nn.LayerNorm(d_model, eps=1e-6)
         self.ffn = FeedForward(d_model, d_ffn, activation, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
-    def start(self, memory, lengths):
-        """Project the memory once and begin with an empty cache of tokens."""
-        keys, values = self.cross_attention.project_memory(memory)
+    def forward(self, x, lengths, memory, memory_lengths):
+        """x (B, U, D), lengths (B,), memory (B, T, D), memory_lengths (B,) -> (B, U, D)."""
+        # Not in a search, where keys are of another number every token: cuDNN plans for each anew.
+        width = fused_width(self.cross_attention.head_dim, memory.device)
+        return self.advance(x, lengths, self.start(memory, memory_lengths, width))[0]
+
+    def start(self, memory, lengths, width=None):
+        """Project the memory once and begin with an empty cache of tokens.
+
+        width: of the heads in both, see `CachedAttention`.
+        """
+        keys, values = self.cross_attention.project_memory(memory, width)
         mask = valid_frames(lengths, memory.shape[1])[:, None, None]
         return keys[:, :, :0], values[:, :, :0], keys, values, mask
 
@@ -87,15 +102,18 @@ class TransformerDecoderLayer(nn.Module):
         """x (B, U, D), state -> (B, U, D), state. Padded tokens follow all valid ones."""
         past_keys, past_values, keys, values, mask = state
         y = self.self_norm(x)
-        new_keys, new_values = self.self_attention.project_memory(y)
-        past_keys = torch.cat([past_keys, new_keys], dim=2)
-        past_values = torch.cat([past_values, new_values], dim=2)
-        causal = torch.ones(x.shape[1], past_keys.shape[2], dtype=torch.bool, device=x.device)
-        causal = causal.tril(past_keys.shape[2] - x.shape[1])
-        x = x + self.dropout(self.self_attention(y, past_keys, past_values, causal))
+        new_keys, new_values = self.self_attention.project_memory(y, keys.shape[-1])
+        past, causal = past_keys.shape[2], None
+        if past:
+            new_keys = torch.cat([past_keys, new_keys], dim=2)
+            new_values = torch.cat([past_values, new_values], dim=2)
+            causal = torch.ones(x.shape[1], new_keys.shape[2], dtype=torch.bool, device=x.device)
+            causal = causal.tril(past)
+        y = self.self_attention(y, new_keys, new_values, causal, is_causal=not past)
+        x = x + self.dropout(y)
         x = x + self.dropout(self.cross_attention(self.cross_norm(x), keys, values, mask))
         x = x + self.ffn(self.ffn_norm(x))
-        return x, (past_keys, past_values, keys, values, mask)
+        return x, (new_keys, new_values, keys, values, mask)
 
 
 class Decoder(nn.Module):
@@ -137,15 +155,12 @@ class Decoder(nn.Module):
         are padded -> (B, U, D), state. Nothing here waits for the device.
         """
         position, layer_states = state
-        num_tokens = tokens.shape[1]
-        x = self.embedding(tokens) * self.embedding.embedding_dim**0.5
-        positions = position + torch.arange(num_tokens, device=tokens.device)
-        x = x + sine_encoding(positions, x.shape[-1], x.dtype)
+        x = self.embed(tokens, position)
         new_states = []
         for layer, layer_state in zip(self.layers, layer_states, strict=True):
             x, layer_state = layer.advance(x, lengths, layer_state)
             new_states.append(layer_state)
-        return self.norm(x), (position + num_tokens, new_states)
+        return self.norm(x), (position + tokens.shape[1], new_states)
 
     def forward(self, tokens, lengths, memory, memory_lengths):
         """Teacher forcing.
@@ -153,8 +168,17 @@ class Decoder(nn.Module):
         tokens (B, U), lengths (B,), memory (B, T, D), memory_lengths (B,) -> (B, U, D), lengths.
         Tokens past a length are zero.
         """
-        x, _ = self.advance(tokens, self.start(memory, memory_lengths), lengths)
-        return zero_padding(x, lengths), lengths
+        memory = zero_padding(memory, memory_lengths)
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x, lengths, memory, memory_lengths)
+        return zero_padding(self.norm(x), lengths), lengths
+
+    def embed(self, tokens, position=0):
+        """Tokens (B, U), the first at a position -> (B, U, D)."""
+        x = self.embedding(tokens) * self.embedding.embedding_dim**0.5
+        positions = position + torch.arange(tokens.shape[1], device=tokens.device)
+        return x + sine_encoding(positions, x.shape[-1], x.dtype)
 
 
 def select_hypotheses(state, index):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from modules.activation import build_activation
 from modules.dropout import Dropout
 from modules.ops.causal_conv1d import causal_conv1d
 from modules.ops.depthwise_conv1d import depthwise_conv1d
@@ -18,7 +19,7 @@ class FeedForward(nn.Sequential):
     def __init__(self, d_model, d_ffn, activation, dropout):
         super().__init__(
             nn.Linear(d_model, d_ffn),
-            activation(),
+            build_activation(activation),
             Dropout(dropout),
             nn.Linear(d_ffn, d_model),
             Dropout(dropout),
@@ -40,7 +41,7 @@ class ConvModule(nn.Module):
         self.pointwise_in = nn.Linear(d_model, 2 * d_model)
         self.depthwise = nn.Conv1d(d_model, d_model, kernel_size, groups=d_model)
         self.out_norm = nn.LayerNorm(d_model)
-        self.activation = activation()
+        self.activation = build_activation(activation)
         self.pointwise_out = nn.Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
 

@@ -69,7 +69,7 @@ RUN_OPTIONS = {
     n: v for n, v in RunOptions().as_dict().items() if n in HELP_TEXTS and n not in REPLACED_OPTIONS
 }
 HELP = HELP_TEXTS | {
-    "compile": "On CUDA: compile the encoder's layers with torch.compile.",
+    "compile": "On CUDA: compile the layers with torch.compile.",
     "compile_mode": "default, or reduce-overhead: CUDA graphs too (training: one GPU).",
 }
 LIST_OPTIONS = ("jit_module_keys", "compile_module_keys")

@@ -16,6 +16,7 @@ import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfigRandomSampler
 
 from modules.compilation import compile_layers
+from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
 from modules.encoder import Encoder
 from modules.mamba import BiMamba, Mamba
 from modules.mamba2 import BiMamba2
@@ -30,6 +31,10 @@ ENCODERS = {
     "mamba2": {"mixer": partial(BiMamba2, d_head=8)},
     "causal": {"mixer": Mamba, "causal": True},
     "chunked": {"mixer": BiMamba, "chunks": FOUR, "lookahead": 2},
+}
+DECODER_LAYERS = {
+    "transformer": partial(TransformerDecoderLayer, num_heads=2, dropout=0.0),
+    "mamba": partial(MambaDecoderLayer, d_state=2, dropout=0.0),
 }
 
 
@@ -70,6 +75,42 @@ def check_encoder(name):
     assert not counters["graph_break"], counters["graph_break"]
 
 
+def teach(decoder, batch, frames):
+    """As `learn`, by teacher forcing."""
+    generator = torch.Generator().manual_seed(frames)
+    memory = torch.randn(batch, frames, 8, generator=generator, requires_grad=True)
+    lengths = torch.randint(frames // 2, frames + 1, (batch,), generator=generator)
+    tokens = torch.randint(1, 11, (batch, frames // 2), generator=generator)
+    # The encoder's output is no leaf.
+    y, _ = decoder(tokens, lengths // 2, memory + 0, lengths)
+    decoder.zero_grad()
+    (y * torch.randn(y.shape, generator=generator)).sum().backward()
+    gradients = {name: p.grad for name, p in decoder.named_parameters()}
+    return y.detach(), gradients | {"memory": memory.grad}
+
+
+def check_decoder(name):
+    """AssertionError unless one graph serves a decoder's layers, and its search has none."""
+    torch.manual_seed(0)
+    decoder, sizes = Decoder(11, 8, 8, 3, DECODER_LAYERS[name]), ((2, 9), (3, 14), (4, 24))
+    expected = [teach(decoder, *size) for size in sizes]
+    compile_layers(decoder, backend="aot_eager")
+    counters = torch._dynamo.utils.counters
+    for size, (y, gradients) in zip(sizes, expected, strict=True):
+        ours, our_gradients = teach(decoder, *size)
+        torch.testing.assert_close(ours, y, rtol=1e-5, atol=1e-5)
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(our_gradients[key], gradient, rtol=1e-4, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == 1, counters["stats"]
+    assert not counters["graph_break"], counters["graph_break"]
+    tokens, memory, lengths = torch.tensor([[3, 4], [5, 6]]), torch.randn(2, 9, 8), torch.tensor(9)
+    with torch.no_grad():
+        state = decoder.start(memory, lengths.expand(2))
+        for token in tokens.split(1, dim=1):
+            _, state = decoder.advance(token, state)
+    assert counters["stats"]["unique_graphs"] == 1, counters["stats"]
+
+
 def check_convolution():
     """A convolution that goes on from a state, which no kernel takes."""
 
@@ -96,6 +137,8 @@ def check_convolution():
         "check_encoder('causal')",
         pytest.param("check_encoder('chunked')", marks=pytest.mark.slow),
         pytest.param("check_encoder('mamba2')", marks=pytest.mark.slow),
+        "check_decoder('transformer')",
+        pytest.param("check_decoder('mamba')", marks=pytest.mark.slow),
         "check_convolution()",
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from modules.attention import CachedAttention
+from modules.attention import CachedAttention, fused_width
 from modules.decoder import (
     Decoder,
     MambaDecoderLayer,
@@ -132,6 +132,41 @@ def test_attention_equals_torchs():
     padded = torch.arange(9) >= torch.tensor([[9], [4]])
     expected, _ = theirs(x, memory, memory, key_padding_mask=padded)
     y = ours(x, *ours.project_memory(memory), ~padded[:, None, None])
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_wider_heads_attend_the_same(is_causal):
+    """As on CUDA, where one kernel takes them."""
+    torch.manual_seed(0)
+    attention = CachedAttention(12, 4).double()
+    x, memory = torch.randn(2, 5, 12).double(), torch.randn(2, 9, 12).double()
+    mask = (torch.arange(9) < torch.tensor([[9], [4]]))[:, None, None]
+    found = []
+    for width in (3, 8):
+        inputs = x.clone().requires_grad_(), memory.clone().requires_grad_()
+        keys, values = attention.project_memory(inputs[0 if is_causal else 1], width)
+        assert keys.shape[-1] == values.shape[-1] == width
+        options = {"is_causal": True} if is_causal else {"mask": mask}
+        y = attention(inputs[0], keys, values, **options)
+        learnt = *inputs, *attention.parameters()
+        loss = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
+        found.append((y, *torch.autograd.grad(loss, learnt, materialize_grads=True)))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_heads_are_filled_up_on_cuda_alone():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [fused_width(n, cuda) for n in (36, 40, 64)] == [40, 40, 64]
+    assert fused_width(36, cpu) == 36
+
+
+def test_wider_heads_decode_the_same(monkeypatch):
+    decoder, inputs = make_decoder("transformer"), batch()
+    expected, _ = decoder(*inputs)
+    monkeypatch.setattr("modules.decoder.fused_width", lambda head_dim, device: head_dim + 3)
+    y, _ = decoder(*inputs)
     torch.testing.assert_close(y, expected)
 
 

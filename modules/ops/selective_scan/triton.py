@@ -148,8 +148,9 @@ def _backward(gradients, args, kept):
         None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for x in (u, dt, z, B, C)
     )
+    # A chunk's states as the threads have them, each as many as the largest N of its kind.
     scratch = A_t.new_empty(
-        groups * batch * pieces * blocks, SEGMENT // CHUNK - 1, states, CHANNELS
+        groups * batch * pieces * blocks, SEGMENT // CHUNK - 1, STATES, CHANNELS
     )
     dBC = A_t.new_empty(groups, batch, blocks, frames, 2 * states)
     dparameters = A_t.new_empty(groups, batch, pieces, states + 2, channels)

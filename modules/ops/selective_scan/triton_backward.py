@@ -11,70 +11,59 @@ import triton
 import triton.language as tl
 
 from modules.ops.selective_scan.triton_kernels import (
-    CHANNELS,
-    load_frame,
-    load_states,
-    pair,
     parameter,
     place,
     position,
     silu_and_slope,
     step_size,
+)
+from modules.ops.selective_scan.triton_layout import (
+    CHANNELS,
+    fetch,
+    keep,
+    load_row,
+    load_states,
+    numbers,
+    of_channels,
+    of_four,
+    per_lane,
+    place_in_row,
     store_states,
+    sum_of_four,
+    sum_over_groups,
+    turned,
+    zeros,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def halve(values, WIDTH: tl.constexpr, BIT: tl.constexpr, ORDERED: tl.constexpr):
-    """2 WIDTH vectors -> WIDTH: a lane keeps its half of them, and adds its partner's share.
-
-    The bit BIT of a lane's number says which half is its own; if they are ORDERED, it is the first.
-    """
-    lane = tl.arange(0, CHANNELS)
-    upper = (lane & BIT) != 0
-    half = ()
-    for i in tl.static_range(WIDTH):
-        if ORDERED:
-            kept, given = values[i], values[i + WIDTH]
-        else:
-            kept = tl.where(upper, values[i + WIDTH], values[i])
-            given = tl.where(upper, values[i], values[i + WIDTH])
-        half = half + (kept + tl.gather(given, lane ^ BIT, 0),)
-    return half
+def decays_of(steps, A, N: tl.constexpr):
+    PER: tl.constexpr = per_lane(N)
+    decays = ()
+    for i in tl.static_range(4):
+        for n in tl.static_range(PER):
+            decays = decays + (tl.exp2(steps[i] * A[i * PER + n]),)
+    return decays
 
 
 @triton.jit
-def sum_over_channels(values, BITS: tl.constexpr):
-    """16 vectors -> one: lanes 2 n and 2 n + 1 hold half of the n-th's sum each, in 15 shuffles.
-
-    BITS: those in which the order of a lane's vectors follows its number.
-    """
-    values = halve(values, 8, 16, (BITS & 8) != 0)
-    values = halve(values, 4, 8, (BITS & 4) != 0)
-    values = halve(values, 2, 4, (BITS & 2) != 0)
-    return halve(values, 1, 2, False)
-
-
-@triton.jit
-def advance(h, decay, dt_u, row, order, N: tl.constexpr, PACKED: tl.constexpr):
+def advance(h, decays, dt_u, B, N: tl.constexpr):
     """The states one frame on."""
+    PER: tl.constexpr = per_lane(N)
     new = ()
-    for n in tl.static_range(0, N, 2):
-        B_even, B_odd = pair(row, 0, n, order, PACKED)
-        new = new + (decay[n] * h[n] + dt_u * B_even,)
-        if n + 1 < N:
-            new = new + (decay[n + 1] * h[n + 1] + dt_u * B_odd,)
+    for i in tl.static_range(4):
+        for n in tl.static_range(PER):
+            new = new + (decays[i * PER + n] * h[i * PER + n] + dt_u[i] * B[n],)
     return new
 
 
 @triton.jit
-def decays_of(step, A_n, N: tl.constexpr):
-    decay = ()
-    for n in tl.static_range(N):
-        decay = decay + (tl.exp2(step * A_n[n]),)
-    return decay
+def load_frame(u, dt, z, BC, t, u_t, dt_t, z_t, N: tl.constexpr, PACKED: tl.constexpr):
+    """-> u, dt and z (0 if there is none) of frame t, its row of B and C"""
+    gate = 0.0 if z is None else tl.load(z + t * z_t)
+    return tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, load_row(BC, t, N, PACKED)
 
 
 # One build for every number of frames and utterances.
@@ -93,29 +82,25 @@ def backward_kernel(
     piece, scan, group, b, begin, own_frames, length, reverse = place(
         lengths, frames, piece_frames, utterances, reverse_from
     )
+    PER: tl.constexpr = per_lane(N)
+    block = tl.program_id(0)
     lane = tl.arange(0, CHANNELS)
-    d = tl.program_id(0) * CHANNELS + lane
+    d = block * CHANNELS + lane
     d_mask = d < channels
     d_read = tl.minimum(d, channels - 1)
-
-    # Place n has state n ^ order, another one in every lane: so sums over lanes want no choices.
-    BITS: tl.constexpr = N - 2 if N == 16 or N == 8 or N == 4 else 0
-    order = (lane >> 1) & BITS
-    A_n = load_states(A + group * N * channels, channels, d_read, order, N)
+    A_n = load_states(A + group * N * channels, channels, block, N)
     skip = parameter(D, group, channels, d_read)
     bias = parameter(dt_bias, group, channels, d_read)
-    dD_sum = tl.zeros([CHANNELS], tl.float32)
-    ddt_sum = tl.zeros([CHANNELS], tl.float32)
     none = tl.zeros([CHANNELS], tl.float32)
-    dA_n = ()
-    message = ()  # the gradient of the state after the frame at hand
-    for n in tl.static_range(N):
-        dA_n = dA_n + (none,)
-        if dfinal is None:
-            message = message + (none,)
-        else:
-            last = dfinal + (piece * N + (n ^ order)) * channels + d
-            message = message + (tl.load(last, mask=d_mask, other=0.0),)
+    dD_sum = none
+    ddt_sum = none
+    dA_n = zeros(N)
+    # The gradient of the state after the frame at hand.
+    if dfinal is None:
+        message = zeros(N)
+    else:
+        message = load_states(dfinal + piece * N * channels, channels, block, N)
+        message = of_channels(message, channels, block, N)
 
     u += group * u_g + b * u_b + begin * u_t + d_read
     dt += group * dt_g + b * dt_b + begin * dt_t + d_read
@@ -127,10 +112,9 @@ def backward_kernel(
         z += group * z_g + b * z_b + begin * z_t + d_read
         dz += (scan * frames + begin) * channels + d
     blocks = tl.num_programs(0)
-    dBC += ((scan * blocks + tl.program_id(0)) * frames + begin) * 2 * N
-    dBC += (lane & 1) * N + (lane >> 1)  # the sum that a lane comes to hold
-    in_row = (lane >> 1) < N
-    scratch += (piece * blocks + tl.program_id(0)) * (SEGMENT // CHUNK - 1) * N * CHANNELS
+    in_row, is_in_row = place_in_row(N)
+    dBC += ((scan * blocks + block) * frames + begin) * 2 * N + in_row
+    scratch += (piece * blocks + block) * (SEGMENT // CHUNK - 1) * 4 * PER * CHANNELS
     starts += piece * tl.cdiv(piece_frames, SEGMENT) * N * channels
 
     segments = tl.cdiv(length, SEGMENT)
@@ -139,18 +123,19 @@ def backward_kernel(
         chunks = tl.cdiv(tl.minimum(length - first, SEGMENT), CHUNK)
 
         # Forward to the last chunk.
-        h = load_states(starts + (segments - 1 - s) * N * channels, channels, d_read, order, N)
+        h = load_states(starts + (segments - 1 - s) * N * channels, channels, block, N)
         rows = ()
         for i in tl.static_range(CHUNK):
             t = position(first + i, length, reverse)
             rows = rows + (load_frame(u, dt, None, BC, t, u_t, dt_t, 0, N, PACKED),)
         for c in range(0, chunks - 1):
-            store_states(scratch + c * N * CHANNELS, h, CHANNELS, lane, 0, lane >= 0, N)
+            keep(scratch + c * 4 * PER * CHANNELS, h, N)
             for i in tl.static_range(CHUNK):
                 row_u, row_dt, _gate, row = rows[0]
                 step, _slope = step_size(row_dt, bias, SOFTPLUS)
-                decay = decays_of(step, A_n, N)
-                h = advance(h, decay, step * row_u.to(tl.float32), row, order, N, PACKED)
+                dt_u = of_four(step * row_u.to(tl.float32))
+                decays = decays_of(of_four(step), A_n, N)
+                h = advance(h, decays, dt_u, numbers(turned(row, PACKED), 0, N, PACKED), N)
                 t = position(first + (c + 1) * CHUNK + i, length, reverse)
                 rows = rows[1:] + (load_frame(u, dt, None, BC, t, u_t, dt_t, 0, N, PACKED),)
 
@@ -171,69 +156,79 @@ def backward_kernel(
             for i in tl.static_range(CHUNK):
                 step, slope = step_size(rows[i][1], bias, SOFTPLUS)
                 step = tl.where(k + i < length, step, 0.0)
-                dt_u = step * rows[i][0].to(tl.float32)
-                decays = decays + (decays_of(step, A_n, N),)
-                states = states + (
-                    advance(states[i], decays[i], dt_u, rows[i][3], order, N, PACKED),
-                )
-                steps = steps + (step,)
+                dt_u = of_four(step * rows[i][0].to(tl.float32))
+                B = numbers(turned(rows[i][3], PACKED), 0, N, PACKED)
+                steps = steps + (of_four(step),)
                 slopes = slopes + (slope,)
+                decays = decays + (decays_of(steps[i], A_n, N),)
+                states = states + (advance(states[i], decays[i], dt_u, B, N),)
 
             ahead = ()
             for i in tl.static_range(CHUNK - 1, -1, -1):
                 valid = k + i < length
                 t = position(k + i, length, reverse)
-                row = rows[i][3]
+                row = turned(rows[i][3], PACKED)
+                B = numbers(row, 0, N, PACKED)
+                C = numbers(row, N, N, PACKED)
                 u_k = rows[i][0].to(tl.float32)
-                # A thread beyond the channels adds nothing to the sums over them.
+                # A channel that there is not adds nothing to the sums over them.
                 dy_k = tl.where(valid & d_mask, rows[i][4].to(tl.float32), 0.0)
                 if z is not None:
                     silu, silu_slope = silu_and_slope(rows[i][2])
-                    y_k = skip * u_k
-                    for n in tl.static_range(0, N, 2):
-                        C_even, C_odd = pair(row, N, n, order, PACKED)
-                        y_k += states[i + 1][n] * C_even
-                        if n + 1 < N:
-                            y_k += states[i + 1][n + 1] * C_odd
+                    y = ()
+                    for m in tl.static_range(4):
+                        share = states[i + 1][m * PER] * C[0]
+                        for n in tl.static_range(1, PER):
+                            share += states[i + 1][m * PER + n] * C[n]
+                        y = y + (share,)
+                    y_k = skip * u_k + sum_of_four(y)
                     dz_k = (dy_k * y_k * silu_slope).to(dz.dtype.element_ty)
                     tl.store(dz + t * channels, dz_k, mask=d_mask & valid)
                     dy_k *= silu
 
-                dt_u = steps[i] * u_k
-                ddt_u = none
-                dlog_A = none
+                step = steps[i]
+                dt_u = of_four(step[0] * u_k)
+                dy_four = of_four(dy_k)
+                ddt_u = ()
+                dlog_A = ()
                 dB = ()
                 dC = ()
-                new = ()
-                new_dA = ()
-                for n in tl.static_range(N):
-                    if n % 2 == 0:
-                        B_k, B_next = pair(row, 0, n, order, PACKED)
-                        C_k, C_next = pair(row, N, n, order, PACKED)
-                    else:
-                        B_k, C_k = B_next, C_next
-                    dh = message[n] + dy_k * C_k
-                    before = decays[i][n] * dh
-                    dlog = before * states[i][n]  # of dt A
-                    new = new + (before,)
-                    new_dA = new_dA + (dA_n[n] + dlog * steps[i],)
-                    ddt_u += dh * B_k
-                    dlog_A += dlog * A_n[n]
-                    dB = dB + (dh * dt_u,)
-                    dC = dC + (states[i + 1][n] * dy_k,)
-                message = new
-                dA_n = new_dA
-                for _n in tl.static_range(16 - N):
+                for _n in tl.static_range(PER):
                     dB = dB + (none,)
                     dC = dC + (none,)
-                shares = sum_over_channels(dB, BITS) + sum_over_channels(dC, BITS)
-                tl.store(dBC + t * 2 * N, halve(shares, 1, 1, False)[0], mask=valid & in_row)
+                new = ()
+                new_dA = ()
+                for m in tl.static_range(4):
+                    to_dt_u = none
+                    to_dlog_A = none
+                    new_dB = ()
+                    new_dC = ()
+                    for n in tl.static_range(PER):
+                        dh = message[m * PER + n] + dy_four[m] * C[n]
+                        before = decays[i][m * PER + n] * dh
+                        dlog = before * states[i][m * PER + n]  # of dt A
+                        new = new + (before,)
+                        new_dA = new_dA + (dA_n[m * PER + n] + dlog * step[m],)
+                        to_dt_u += dh * B[n]
+                        to_dlog_A += dlog * A_n[m * PER + n]
+                        new_dB = new_dB + (dB[n] + dh * dt_u[m],)
+                        new_dC = new_dC + (dC[n] + states[i + 1][m * PER + n] * dy_four[m],)
+                    ddt_u = ddt_u + (to_dt_u,)
+                    dlog_A = dlog_A + (to_dlog_A,)
+                    dB = new_dB
+                    dC = new_dC
+                message = new
+                dA_n = new_dA
+                dBC_k = sum_over_groups(dB, dC, N)
+                tl.store(dBC + t * 2 * N, dBC_k, mask=valid & is_in_row)
 
                 # A is log2(e) times itself; ln(2) takes that back.
-                ddt_k = tl.where(valid, (dlog_A * LN2 + ddt_u * u_k) * slopes[i], 0.0)
+                ddt_u_k = sum_of_four(ddt_u)
+                ddt_k = (sum_of_four(dlog_A) * LN2 + ddt_u_k * u_k) * slopes[i]
+                ddt_k = tl.where(valid, ddt_k, 0.0)
                 ddt_sum += ddt_k
                 dD_sum += dy_k * u_k
-                du_k = ddt_u * steps[i] + dy_k * skip
+                du_k = ddt_u_k * step[0] + dy_k * skip
                 tl.store(du + t * channels, du_k.to(du.dtype.element_ty), mask=d_mask & valid)
                 tl.store(ddt + t * channels, ddt_k.to(ddt.dtype.element_ty), mask=d_mask & valid)
 
@@ -245,8 +240,7 @@ def backward_kernel(
                         frame = load_frame(u, dt, z, BC, t, u_t, dt_t, z_t, N, PACKED)
                         ahead = ahead + (frame + (tl.load(dy + t * dy_t),),)
                 if i == CHUNK - 2:
-                    at = scratch + tl.maximum(c - 1, 0) * N * CHANNELS
-                    start = load_states(at, CHANNELS, lane, 0, N)
+                    start = fetch(scratch + tl.maximum(c - 1, 0) * 4 * PER * CHANNELS, N)
             rows = ahead
 
     for t in range(length, own_frames):
@@ -254,9 +248,10 @@ def backward_kernel(
         tl.store(ddt + t * channels, none.to(ddt.dtype.element_ty), mask=d_mask)
         if z is not None:
             tl.store(dz + t * channels, none.to(dz.dtype.element_ty), mask=d_mask)
-        tl.store(dBC + t * 2 * N, none, mask=in_row)
+        tl.store(dBC + t * 2 * N, none, mask=is_in_row)
     dparameters += piece * (N + 2) * channels
-    store_states(dparameters, dA_n, channels, d, order, d_mask, N)
-    store_states(dparameters + N * channels, (dD_sum, ddt_sum), channels, d, 0, d_mask, 2)
+    store_states(dparameters, dA_n, channels, block, N)
+    tl.store(dparameters + N * channels + d, dD_sum, mask=d_mask)
+    tl.store(dparameters + (N + 1) * channels + d, ddt_sum, mask=d_mask)
     if dinitial is not None:
-        store_states(dinitial + piece * N * channels, message, channels, d, order, d_mask, N)
+        store_states(dinitial + piece * N * channels, message, channels, block, N)

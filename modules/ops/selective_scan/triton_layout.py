@@ -1,0 +1,228 @@
+# ruff: noqa: RUF005 - Triton knows tuples only to add them
+"""Which thread of a warp has what of the selective scan's states, and how numbers pass between them.
+
+A warp has CHANNELS channels. Four neighbouring lanes share four channels: each has all four, and a
+quarter of their states, PER of them. So B and C are read, and dB and dC summed, for a quarter of
+the states a lane; what is a number a channel (u, dt, y) belongs to the lane of the channel's own
+number, which gives it to the other three, or gathers their shares of it.
+
+Place i of a lane's channels has channel lane ^ i, place n of its states has state n ^ order of its
+quarter, order being another one in every group of four lanes: so a lane's own is always in the
+first place, and a sum over lanes halves its vectors without a choice. Tuples hold the places
+(i, n) in order.
+"""
+
+import triton
+import triton.language as tl
+
+CHANNELS = tl.constexpr(32)  # a program's: one a thread of its warp, if each counts its own
+
+
+@triton.jit
+def lanes(N: tl.constexpr):
+    """-> lane, the first state of its quarter, the order of its states"""
+    lane = tl.arange(0, CHANNELS)
+    PER: tl.constexpr = per_lane(N)
+    if PER == 4:
+        order = ((lane >> 3) & 1) + ((lane >> 3) & 2)
+    elif PER == 2:
+        order = lane >> 4
+    else:
+        order = lane * 0
+    return lane, (lane & 3) * PER, order
+
+
+@triton.constexpr_function
+def per_lane(N):
+    """A lane's states; where N is no multiple of four times as many, some lanes have none."""
+    return 4 if N > 8 else 2 if N > 4 else 1
+
+
+@triton.jit
+def load_states(p, channels, block, N: tl.constexpr):
+    """(N, D) at a block's channels -> a lane's; zero for states that there are not."""
+    lane, own, order = lanes(N)
+    PER: tl.constexpr = per_lane(N)
+    states = ()
+    for i in tl.static_range(4):
+        d = tl.minimum(block * CHANNELS + (lane ^ i), channels - 1)
+        for n in tl.static_range(PER):
+            state = own + (n ^ order)
+            if N == 4 * PER:
+                x = tl.load(p + state * channels + d)
+            else:
+                x = tl.load(p + state * channels + d, mask=state < N, other=0.0)
+            states = states + (x,)
+    return states
+
+
+@triton.jit
+def store_states(p, states, channels, block, N: tl.constexpr):
+    """The inverse of `load_states`."""
+    lane, own, order = lanes(N)
+    PER: tl.constexpr = per_lane(N)
+    for i in tl.static_range(4):
+        d = block * CHANNELS + (lane ^ i)
+        for n in tl.static_range(PER):
+            state = own + (n ^ order)
+            at = p + state * channels + d
+            tl.store(at, states[i * PER + n], mask=(d < channels) & (state < N))
+
+
+@triton.jit
+def of_channels(states, channels, block, N: tl.constexpr):
+    """Zero for channels that there are not."""
+    lane = tl.arange(0, CHANNELS)
+    PER: tl.constexpr = per_lane(N)
+    masked = ()
+    for i in tl.static_range(4):
+        for n in tl.static_range(PER):
+            there = block * CHANNELS + (lane ^ i) < channels
+            masked = masked + (tl.where(there, states[i * PER + n], 0.0),)
+    return masked
+
+
+@triton.jit
+def keep(p, states, N: tl.constexpr):
+    """As they lie, for the same program to `fetch`."""
+    lane = tl.arange(0, CHANNELS)
+    for k in tl.static_range(4 * per_lane(N)):
+        tl.store(p + k * CHANNELS + lane, states[k])
+
+
+@triton.jit
+def fetch(p, N: tl.constexpr):
+    lane = tl.arange(0, CHANNELS)
+    states = ()
+    for k in tl.static_range(4 * per_lane(N)):
+        states = states + (tl.load(p + k * CHANNELS + lane),)
+    return states
+
+
+@triton.jit
+def zeros(N: tl.constexpr):
+    states = ()
+    for _k in tl.static_range(4 * per_lane(N)):
+        states = states + (tl.zeros([CHANNELS], tl.float32),)
+    return states
+
+
+@triton.jit
+def load_row(BC, t, N: tl.constexpr, PACKED: tl.constexpr):
+    """Row t of B and C side by side: a lane has one of 2 N numbers, or, if PACKED, of N pairs.
+
+    Of pairs there are at most 16: the upper lanes have them too (`turned`).
+    """
+    lane = tl.arange(0, CHANNELS)
+    if PACKED:
+        lane = lane & 15
+    words: tl.constexpr = N if PACKED else 2 * N
+    if words == CHANNELS or (PACKED and words == 16):
+        row = tl.load(BC + t * words + lane)
+    else:
+        row = tl.load(BC + t * words + lane, mask=lane < words, other=0)
+    return row
+
+
+@triton.jit
+def turned(row, PACKED: tl.constexpr):
+    """The row, the upper lanes' pairs the other way round."""
+    if PACKED:
+        other = (row << 16) | ((row >> 16) & 65535)
+        row = tl.where(tl.arange(0, CHANNELS) < 16, row, other)
+    return row
+
+
+@triton.jit
+def numbers(row, first, N: tl.constexpr, PACKED: tl.constexpr):
+    """B (first = 0) or C (first = N) at a lane's states, of a `turned` row; of bfloat16 two in one
+    shuffle.
+
+    Shuffles share their way to the registers with exponentials, and there is where time goes.
+    """
+    _lane, own, order = lanes(N)
+    PER: tl.constexpr = per_lane(N)
+    values = ()
+    if PACKED:
+        for n in tl.static_range(0, PER, 2):
+            state = own + (n ^ order)
+            word = tl.gather(row, first // 2 + state // 2 + (state & 1) * 16, 0)
+            if N != 4 * PER:
+                word = tl.where(state < N, word, 0)
+            values = values + ((word << 16).to(tl.float32, bitcast=True),)
+            if PER > 1:
+                values = values + ((word & -65536).to(tl.float32, bitcast=True),)
+    else:
+        for n in tl.static_range(PER):
+            state = own + (n ^ order)
+            value = tl.gather(row, first + state, 0)
+            if N != 4 * PER:
+                value = tl.where(state < N, value, 0.0)
+            values = values + (value,)
+    return values
+
+
+@triton.jit
+def of_four(x):
+    """A number of each channel's own lane -> of a lane's four channels."""
+    lane = tl.arange(0, CHANNELS)
+    return (x, tl.gather(x, lane ^ 1, 0), tl.gather(x, lane ^ 2, 0), tl.gather(x, lane ^ 3, 0))
+
+
+@triton.jit
+def sum_of_four(values):
+    """Shares of a lane's four channels -> the sum of each channel's, in its own lane."""
+    lane = tl.arange(0, CHANNELS)
+    far = tl.gather(values[2], lane ^ 2, 0) + tl.gather(values[3], lane ^ 3, 0)
+    return values[0] + tl.gather(values[1], lane ^ 1, 0) + far
+
+
+@triton.jit
+def halve(values, WIDTH: tl.constexpr, BIT: tl.constexpr, ORDERED: tl.constexpr):
+    """2 WIDTH vectors -> WIDTH: a lane keeps its half of them, and adds its partner's share.
+
+    The bit BIT of a lane's number says which half is its own; if they are ORDERED, it is the first.
+    """
+    lane = tl.arange(0, CHANNELS)
+    upper = (lane & BIT) != 0
+    half = ()
+    for i in tl.static_range(WIDTH):
+        if ORDERED:
+            kept, given = values[i], values[i + WIDTH]
+        else:
+            kept = tl.where(upper, values[i + WIDTH], values[i])
+            given = tl.where(upper, values[i], values[i + WIDTH])
+        half = half + (kept + tl.gather(given, lane ^ BIT, 0),)
+    return half
+
+
+@triton.jit
+def sum_over_groups(dB, dC, N: tl.constexpr):
+    """Shares of dB and dC at a lane's states -> the sum over all channels that `place_in_row` says."""
+    PER: tl.constexpr = per_lane(N)
+    lane = tl.arange(0, CHANNELS)
+    values = ()
+    for n in tl.static_range(PER):
+        values = values + (dB[n], dC[n])
+    if PER == 4:
+        values = halve(values, 4, 16, True)
+        values = halve(values, 2, 8, True)
+        sum = halve(values, 1, 4, False)[0]
+    elif PER == 2:
+        values = halve(values, 2, 16, True)
+        sum = halve(values, 1, 8, False)[0]
+        sum += tl.gather(sum, lane ^ 4, 0)
+    else:
+        sum = halve(values, 1, 16, False)[0]
+        sum += tl.gather(sum, lane ^ 8, 0)
+        sum += tl.gather(sum, lane ^ 4, 0)
+    return sum
+
+
+@triton.jit
+def place_in_row(N: tl.constexpr):
+    """-> which of a row's 2 N numbers `sum_over_groups` gives a lane; whether it is one"""
+    lane, own, order = lanes(N)
+    PER: tl.constexpr = per_lane(N)
+    state = own + order
+    return tl.where((lane & (16 // PER)) != 0, N, 0) + state, state < N
