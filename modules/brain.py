@@ -168,9 +168,12 @@ class ASRBrain(TrainingBrain):
         if not self.compile or self.compile_module_keys:
             super()._compile()
             return
-        for part in ("encoder", "decoder"):
-            if part in self.modules:
-                compile_layers(self.modules[part])
+        # With checkpointing the compiler may make cuDNN's attention again in the backward pass
+        # (PyTorch 2.11), which drops other weights: the decoder's must not be compiled then.
+        checkpointing = self.modules.encoder.gradient_checkpointing
+        compile_layers(self.modules.encoder)
+        if "decoder" in self.modules and not checkpointing:
+            compile_layers(self.modules.decoder)
         self.graphs = None
         if self.compile_mode == "reduce-overhead":
             layers = torch.nn.ModuleList([self.modules.frontend, self.modules.encoder])

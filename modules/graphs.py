@@ -30,7 +30,7 @@ class Graphs:
     """
 
     def __init__(self, network, limit=256):
-        self.network, self.limit = network, limit
+        self.network, self.limit = _without_cast_cache(network), limit
         self.graphs, self.seen = {}, set()
         self.pool, self.ends = torch.cuda.graph_pool_handle(), {}
         self.stream = torch.cuda.Stream()  # one for all, as each costs a workspace
@@ -137,7 +137,7 @@ class _ForwardGraph:
     """A forward pass from and to the addresses of inputs and outputs."""
 
     def __init__(self, graphs, inputs):
-        network = _without_cast_cache(graphs.network)
+        network = graphs.network
         self.inputs = [graphs.end(("input", i), x).copy_(x) for i, x in enumerate(inputs)]
         stream = graphs.stream
         stream.wait_stream(torch.cuda.current_stream())
@@ -155,8 +155,7 @@ class _Graph:
     """A forward and a backward pass from and to the addresses of inputs, outputs, doutputs."""
 
     def __init__(self, graphs, inputs):
-        network = _without_cast_cache(graphs.network)
-        parameters, gradients = graphs.parameters, graphs.gradients
+        network, parameters, gradients = graphs.network, graphs.parameters, graphs.gradients
         self.inputs = [graphs.end(("input", i), x).copy_(x) for i, x in enumerate(inputs)]
         stream = graphs.stream
         stream.wait_stream(torch.cuda.current_stream())
@@ -227,7 +226,11 @@ def add_all(totals, shares):
 
 
 def _without_cast_cache(network):
-    """Under autocast, cast the weights in every call: a graph must hold the casts it needs."""
+    """Under autocast, cast the weights in every call: a graph must hold the casts it needs.
+
+    Calls without a graph do so too, as layers compiled with the cache would be compiled again
+    without it.
+    """
 
     def run(*inputs):
         device = inputs[0].device.type

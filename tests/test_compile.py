@@ -10,11 +10,13 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfigRandomSampler
 
+from modules.brain import ASRBrain
 from modules.compilation import compile_layers
 from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
 from modules.encoder import Encoder
@@ -153,6 +155,18 @@ def test_compiled_code_computes_the_same(check):
         timeout=600,
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_decoder_is_compiled_where_nothing_is_made_again(checkpointing, monkeypatch):
+    monkeypatch.setattr("torch._functorch.config.activation_memory_budget", 1.0)
+    encoder = make_encoder(BiMamba, gradient_checkpointing=checkpointing)
+    decoder = Decoder(11, 8, 8, 2, DECODER_LAYERS["transformer"])
+    modules = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    options = {"compile": True, "compile_module_keys": None, "compile_mode": "default"}
+    ASRBrain._compile(SimpleNamespace(modules=modules, **options))
+    for network, compiled in ((encoder, True), (decoder, not checkpointing)):
+        assert all((x._compiled_call_impl is not None) == compiled for x in network.layers)
 
 
 @pytest.mark.gpu

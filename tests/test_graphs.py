@@ -213,6 +213,18 @@ def test_graphs_without_gradients_give_the_same(bf16):
     assert (after - expected).abs().max() < (2e-2 if bf16 else 1e-5)
 
 
+def test_to_record_compiles_nothing_again():
+    encoder = make_encoder()
+    compile_layers(encoder)
+    run = graphs.TrainingGraphs(encoder, encoder.parameters())
+    compiled = torch._dynamo.utils.counters["stats"]
+    learn(encoder, run, 0)
+    before = compiled["unique_graphs"]
+    learn(encoder, run, 2)
+    assert len(run.graphs) == 1
+    assert compiled["unique_graphs"] == before
+
+
 def test_compiled_layers_learn_the_same():
     ours, theirs = make_encoder(), make_encoder()
     compile_layers(ours)
