@@ -23,18 +23,18 @@ def keep(x, p):
     """Whether each element of x stays, with a probability of 1 - p: a bool tensor like x.
 
     The element's number and two random numbers of PyTorch's, hashed: counter-based, as Philox is
-    (Salmon et al. 2011), by a shorter function.
+    (Salmon et al. 2011), by a shorter function. That is Wellons' "lowbias32"
+    (https://nullprogram.com/blog/2018/07/31/) of the number and the first, and again of the result
+    and the second. It begins and ends with x ^ x >> 16. Between the two these cancel but for a
+    change of the second number, as random after it; the last would change lower bits alone.
     """
     first, second = torch.randint(-(2**31), 2**31 - 1, (2, 1), device=x.device, dtype=torch.int32)
-    number = torch.arange(x.numel(), device=x.device, dtype=torch.int32)
-    return (scramble(scramble(number ^ first) ^ second) >= int(2**32 * p) - 2**31).view(x.shape)
+    number = torch.arange(x.numel(), device=x.device, dtype=torch.int32) ^ first
+    number = number ^ (number >> 16 & 0xFFFF)
+    return (scramble(scramble(number) ^ second) >= int(2**32 * p) - 2**31).view(x.shape)
 
 
 def scramble(x):
-    """Wellons' "lowbias32" (https://nullprogram.com/blog/2018/07/31/) of int32 numbers.
-
-    One to one, and every bit of a number changes every other with a chance of nearly a half.
-    """
-    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ (x >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
-    return x ^ (x >> 16 & 0xFFFF)
+    """What is between the ends of "lowbias32" of int32 numbers, one to one."""
+    x = x * 0x7FEB352D
+    return (x ^ (x >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)

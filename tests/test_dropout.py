@@ -43,6 +43,10 @@ def test_bytes_of_neighbours_are_equally_frequent():
     assert abs(((counts - expected) ** 2 / expected).sum().item() - 255) < 4.5 * 22.6
 
 
+def ends(x):
+    return x ^ (x >> 16 & 0xFFFF)
+
+
 def test_scramble_is_the_published_function():
     """By Python's own numbers, which do not overflow."""
 
@@ -53,8 +57,14 @@ def test_scramble_is_the_published_function():
 
     numbers = [0, 1, 2, 2**16, 2**31 - 1, 2**31, 0xDEADBEEF, 2**32 - 1]
     signed = [x - 2**32 * (x >= 2**31) for x in numbers]
-    found = scramble(torch.tensor(signed, dtype=torch.int32)).tolist()
-    assert [x % 2**32 for x in found] == [lowbias32(x) for x in numbers]
+    found = ends(scramble(ends(torch.tensor(signed, dtype=torch.int32))))
+    assert [x % 2**32 for x in found.tolist()] == [lowbias32(x) for x in numbers]
+
+
+def test_ends_between_two_scrambles_only_change_the_second_number():
+    generator = torch.Generator().manual_seed(0)
+    x, second = torch.randint(-(2**31), 2**31, (2, 1000), generator=generator).int()
+    assert torch.equal(ends(ends(x) ^ second), x ^ ends(second))
 
 
 @pytest.mark.gpu
