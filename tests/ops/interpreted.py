@@ -44,7 +44,7 @@ def assert_near(got, expected, tolerance):
 
 
 ROWS = {"u", "dt", "x", "y", "z", "out"}  # and their gradients: in the dtype of the model
-NUMBERS = {"frames", "piece_frames", "tile", "utterances", "reverse_from", "states"}
+NUMBERS = {"frames", "piece_frames", "tile", "utterances", "reverse_from", "states", "words"}
 NUMBERS |= {"columns", "most", "blank"}  # of CTC
 
 

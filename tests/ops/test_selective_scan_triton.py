@@ -104,8 +104,9 @@ def test_equals_naive_in_double(case):
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
-    leaves = leaves_of(dtype, 5, 20, 16)
+@pytest.mark.parametrize("states", [16, 6, 2])  # of bfloat16 in pairs: four, two or one a thread
+def test_half_precision(dtype, states):
+    leaves = leaves_of(dtype, 5, 20, states)
     assert_close(leaves, TOLERANCE[dtype], lengths=lengths_of(5), reverse=True)
     leaves["dt"] = leaves["dt"].detach().float().requires_grad_()  # each has a dtype of its own
     assert_close(leaves, TOLERANCE[dtype])

@@ -55,7 +55,7 @@ def scan_kernel(
 
     u = tl.load(x + b * x_b + d, mask=d_mask, other=0.0).to(tl.float32)
     bias = tl.load(dt_bias + d, mask=d_mask, other=0.0).to(tl.float32)
-    step, _ = step_size(tl.load(dt + b * dt_b + d, mask=d_mask, other=0.0), bias, True)
+    step, _ = step_size(tl.load(dt + b * dt_b + d, mask=d_mask, other=0.0), bias, True, True)
     A = tl.load(A_log + tile, mask=mask, other=0.0).to(tl.float32)
     A = -tl.exp2(A * LOG2E) * LOG2E
     row_B = tl.load(B + b * B_b + n, mask=n_mask, other=0.0).to(tl.float32)

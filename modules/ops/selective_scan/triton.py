@@ -123,9 +123,10 @@ def _shapes(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, 
     pieces, piece_frames = _pieces(groups, batch, frames, channels)
     segments = -(-piece_frames // SEGMENT)
     sums = groups * batch * pieces * channels
+    kept = groups * batch * pieces * segments * -(-channels // CHANNELS) * CHANNELS
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     last = u.new_empty(groups, batch, A.shape[2], channels, dtype=torch.float32)
-    starts = last.new_empty(sums * segments * A.shape[2] if keep else 0)
+    starts = last.new_empty(kept * _slots(A.shape[2]) if keep else 0)
     return y, last, starts, last.new_empty(sums)
 
 
@@ -148,9 +149,8 @@ def _backward(gradients, args, kept):
         None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for x in (u, dt, z, B, C)
     )
-    # A chunk's states as the threads have them, each as many as the largest N of its kind.
     scratch = A_t.new_empty(
-        groups * batch * pieces * blocks, SEGMENT // CHUNK - 1, STATES, CHANNELS
+        groups * batch * pieces * blocks, SEGMENT // CHUNK - 1, _slots(states), CHANNELS
     )
     dBC = A_t.new_empty(groups, batch, blocks, frames, 2 * states)
     dparameters = A_t.new_empty(groups, batch, pieces, states + 2, channels)
@@ -196,6 +196,11 @@ def _pieces(groups, batch, frames, channels):
     return -(-frames // piece_frames), piece_frames
 
 
+def _slots(states):
+    """States that a thread has place for: of four channels `triton_layout.per_lane` each."""
+    return 4 * (4 if states > 8 else 2 if states > 4 else 1)
+
+
 class _Launch:
     """Runs kernels over a shape's pieces, scans and blocks of channels."""
 
@@ -203,6 +208,7 @@ class _Launch:
         self.groups, self.batch, self.frames, self.channels = shape
         self.states, self.reverse_from = states, reverse_from
         self.constants = {"SOFTPLUS": softplus, "N": states, "PACKED": packed}
+        self.words = states if packed else 2 * states  # a row's of B and C
         self.blocks = -(-self.channels // CHANNELS)
         self.pieces, self.piece_frames = _pieces(*shape)
 
@@ -220,6 +226,7 @@ class _Launch:
                 self.channels,
                 self.batch,
                 self.reverse_from,
+                self.words,
                 *strides,
                 **self.constants,
                 **options,

@@ -11,9 +11,15 @@ import triton
 import triton.language as tl
 
 from modules.ops.selective_scan.triton_kernels import (
+    advance,
+    at,
+    bias_of,
+    decays_of,
+    load_frame,
     parameter,
     place,
     position,
+    read_out,
     silu_and_slope,
     step_size,
 )
@@ -21,10 +27,8 @@ from modules.ops.selective_scan.triton_layout import (
     CHANNELS,
     fetch,
     keep,
-    load_row,
     load_states,
     numbers,
-    of_channels,
     of_four,
     per_lane,
     place_in_row,
@@ -38,40 +42,12 @@ from modules.ops.selective_scan.triton_layout import (
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
-def decays_of(steps, A, N: tl.constexpr):
-    PER: tl.constexpr = per_lane(N)
-    decays = ()
-    for i in tl.static_range(4):
-        for n in tl.static_range(PER):
-            decays = decays + (tl.exp2(steps[i] * A[i * PER + n]),)
-    return decays
-
-
-@triton.jit
-def advance(h, decays, dt_u, B, N: tl.constexpr):
-    """The states one frame on."""
-    PER: tl.constexpr = per_lane(N)
-    new = ()
-    for i in tl.static_range(4):
-        for n in tl.static_range(PER):
-            new = new + (decays[i * PER + n] * h[i * PER + n] + dt_u[i] * B[n],)
-    return new
-
-
-@triton.jit
-def load_frame(u, dt, z, BC, t, u_t, dt_t, z_t, N: tl.constexpr, PACKED: tl.constexpr):
-    """-> u, dt and z (0 if there is none) of frame t, its row of B and C"""
-    gate = 0.0 if z is None else tl.load(z + t * z_t)
-    return tl.load(u + t * u_t), tl.load(dt + t * dt_t), gate, load_row(BC, t, N, PACKED)
-
-
 # One build for every number of frames and utterances.
 @triton.jit(do_not_specialize=["frames", "piece_frames", "utterances", "reverse_from"])
 def backward_kernel(
     u, dt, A, BC, D, z, dt_bias, lengths, starts, scratch, dy, dfinal,
     du, ddt, dz, dBC, dparameters, dinitial,
-    frames, piece_frames, channels, utterances, reverse_from,
+    frames, piece_frames, channels, utterances, reverse_from, words,
     u_g, u_b, u_t, dt_g, dt_b, dt_t, z_g, z_b, z_t, dy_g, dy_b, dy_t,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
     PACKED: tl.constexpr,
@@ -79,10 +55,11 @@ def backward_kernel(
     """dparameters (pieces, N + 2, D), for A, D and dt_bias, is this piece's share, dBC (scans,
     blocks, T, 2 N) this block of channels'. The caller sums them, always in the same order.
     """
-    piece, scan, group, b, begin, own_frames, length, reverse = place(
+    piece, scan, group, b, begin, own_frames, length, origin, sign = place(
         lengths, frames, piece_frames, utterances, reverse_from
     )
     PER: tl.constexpr = per_lane(N)
+    KEPT: tl.constexpr = 4 * PER * CHANNELS
     block = tl.program_id(0)
     lane = tl.arange(0, CHANNELS)
     d = block * CHANNELS + lane
@@ -90,7 +67,7 @@ def backward_kernel(
     d_read = tl.minimum(d, channels - 1)
     A_n = load_states(A + group * N * channels, channels, block, N)
     skip = parameter(D, group, channels, d_read)
-    bias = parameter(dt_bias, group, channels, d_read)
+    bias = bias_of(dt_bias, group, channels, d)
     none = tl.zeros([CHANNELS], tl.float32)
     dD_sum = none
     ddt_sum = none
@@ -100,12 +77,11 @@ def backward_kernel(
         message = zeros(N)
     else:
         message = load_states(dfinal + piece * N * channels, channels, block, N)
-        message = of_channels(message, channels, block, N)
 
     u += group * u_g + b * u_b + begin * u_t + d_read
     dt += group * dt_g + b * dt_b + begin * dt_t + d_read
     dy += group * dy_g + b * dy_b + begin * dy_t + d_read
-    BC += (scan * frames + begin) * (N if PACKED else 2 * N)
+    BC += (scan * frames + begin) * words
     du += (scan * frames + begin) * channels + d
     ddt += (scan * frames + begin) * channels + d
     if z is not None:
@@ -114,8 +90,8 @@ def backward_kernel(
     blocks = tl.num_programs(0)
     in_row, is_in_row = place_in_row(N)
     dBC += ((scan * blocks + block) * frames + begin) * 2 * N + in_row
-    scratch += (piece * blocks + block) * (SEGMENT // CHUNK - 1) * 4 * PER * CHANNELS
-    starts += piece * tl.cdiv(piece_frames, SEGMENT) * N * channels
+    scratch += (piece * blocks + block) * (SEGMENT // CHUNK - 1) * KEPT
+    starts += (piece * tl.cdiv(piece_frames, SEGMENT) * blocks + block) * KEPT
 
     segments = tl.cdiv(length, SEGMENT)
     for s in range(0, segments):
@@ -123,28 +99,28 @@ def backward_kernel(
         chunks = tl.cdiv(tl.minimum(length - first, SEGMENT), CHUNK)
 
         # Forward to the last chunk.
-        h = load_states(starts + (segments - 1 - s) * N * channels, channels, block, N)
+        h = fetch(starts + (segments - 1 - s) * blocks * KEPT, N)
         rows = ()
         for i in tl.static_range(CHUNK):
-            t = position(first + i, length, reverse)
-            rows = rows + (load_frame(u, dt, None, BC, t, u_t, dt_t, 0, N, PACKED),)
+            t = position(first + i, length, origin, sign)
+            rows = rows + (load_frame(u, dt, None, BC, t, u_t, dt_t, 0, words, N, PACKED),)
         for c in range(0, chunks - 1):
-            keep(scratch + c * 4 * PER * CHANNELS, h, N)
+            keep(scratch + c * KEPT, h, N)
             for i in tl.static_range(CHUNK):
                 row_u, row_dt, _gate, row = rows[0]
-                step, _slope = step_size(row_dt, bias, SOFTPLUS)
+                step, _slope = step_size(row_dt, bias, True, SOFTPLUS)
                 dt_u = of_four(step * row_u.to(tl.float32))
                 decays = decays_of(of_four(step), A_n, N)
                 h = advance(h, decays, dt_u, numbers(turned(row, PACKED), 0, N, PACKED), N)
-                t = position(first + (c + 1) * CHUNK + i, length, reverse)
-                rows = rows[1:] + (load_frame(u, dt, None, BC, t, u_t, dt_t, 0, N, PACKED),)
+                t = position(first + (c + 1) * CHUNK + i, length, origin, sign)
+                rows = rows[1:] + (load_frame(u, dt, None, BC, t, u_t, dt_t, 0, words, N, PACKED),)
 
         # Backward from there.
         rows = ()
         for i in tl.static_range(CHUNK):
-            t = position(first + (chunks - 1) * CHUNK + i, length, reverse)
-            frame = load_frame(u, dt, z, BC, t, u_t, dt_t, z_t, N, PACKED)
-            rows = rows + (frame + (tl.load(dy + t * dy_t),),)
+            t = position(first + (chunks - 1) * CHUNK + i, length, origin, sign)
+            frame = load_frame(u, dt, z, BC, t, u_t, dt_t, z_t, words, N, PACKED)
+            rows = rows + (frame + (tl.load(at(dy, t, dy_t)),),)
         start = h
         for j in range(0, chunks):
             c = chunks - 1 - j
@@ -154,8 +130,7 @@ def backward_kernel(
             steps = ()
             slopes = ()
             for i in tl.static_range(CHUNK):
-                step, slope = step_size(rows[i][1], bias, SOFTPLUS)
-                step = tl.where(k + i < length, step, 0.0)
+                step, slope = step_size(rows[i][1], bias, k + i < length, SOFTPLUS)
                 dt_u = of_four(step * rows[i][0].to(tl.float32))
                 B = numbers(turned(rows[i][3], PACKED), 0, N, PACKED)
                 steps = steps + (of_four(step),)
@@ -165,25 +140,18 @@ def backward_kernel(
 
             ahead = ()
             for i in tl.static_range(CHUNK - 1, -1, -1):
-                valid = k + i < length
-                t = position(k + i, length, reverse)
+                # What is beyond the length writes to the last frame, which then writes its own.
+                t = position(k + i, length, origin, sign)
                 row = turned(rows[i][3], PACKED)
                 B = numbers(row, 0, N, PACKED)
                 C = numbers(row, N, N, PACKED)
                 u_k = rows[i][0].to(tl.float32)
-                # A channel that there is not adds nothing to the sums over them.
-                dy_k = tl.where(valid & d_mask, rows[i][4].to(tl.float32), 0.0)
+                dy_k = tl.where(k + i < length, rows[i][4].to(tl.float32), 0.0)
                 if z is not None:
                     silu, silu_slope = silu_and_slope(rows[i][2])
-                    y = ()
-                    for m in tl.static_range(4):
-                        share = states[i + 1][m * PER] * C[0]
-                        for n in tl.static_range(1, PER):
-                            share += states[i + 1][m * PER + n] * C[n]
-                        y = y + (share,)
-                    y_k = skip * u_k + sum_of_four(y)
+                    y_k = skip * u_k + read_out(states[i + 1], C, N)
                     dz_k = (dy_k * y_k * silu_slope).to(dz.dtype.element_ty)
-                    tl.store(dz + t * channels, dz_k, mask=d_mask & valid)
+                    tl.store(at(dz, t, channels), dz_k, mask=d_mask)
                     dy_k *= silu
 
                 step = steps[i]
@@ -220,27 +188,26 @@ def backward_kernel(
                 message = new
                 dA_n = new_dA
                 dBC_k = sum_over_groups(dB, dC, N)
-                tl.store(dBC + t * 2 * N, dBC_k, mask=valid & is_in_row)
+                tl.store(at(dBC, t, 2 * N), dBC_k, mask=is_in_row)
 
                 # A is log2(e) times itself; ln(2) takes that back.
                 ddt_u_k = sum_of_four(ddt_u)
                 ddt_k = (sum_of_four(dlog_A) * LN2 + ddt_u_k * u_k) * slopes[i]
-                ddt_k = tl.where(valid, ddt_k, 0.0)
                 ddt_sum += ddt_k
                 dD_sum += dy_k * u_k
                 du_k = ddt_u_k * step[0] + dy_k * skip
-                tl.store(du + t * channels, du_k.to(du.dtype.element_ty), mask=d_mask & valid)
-                tl.store(ddt + t * channels, ddt_k.to(ddt.dtype.element_ty), mask=d_mask & valid)
+                tl.store(at(du, t, channels), du_k.to(du.dtype.element_ty), mask=d_mask)
+                tl.store(at(ddt, t, channels), ddt_k.to(ddt.dtype.element_ty), mask=d_mask)
 
                 # Early, while the registers are free that the last frame had, and all at once: a
                 # wait for one load is a wait for those asked for after it, too.
                 if i == CHUNK - 1:
                     for m in tl.static_range(CHUNK):
-                        t = position(k - CHUNK + m, length, reverse)
-                        frame = load_frame(u, dt, z, BC, t, u_t, dt_t, z_t, N, PACKED)
-                        ahead = ahead + (frame + (tl.load(dy + t * dy_t),),)
+                        t = position(k - CHUNK + m, length, origin, sign)
+                        frame = load_frame(u, dt, z, BC, t, u_t, dt_t, z_t, words, N, PACKED)
+                        ahead = ahead + (frame + (tl.load(at(dy, t, dy_t)),),)
                 if i == CHUNK - 2:
-                    start = fetch(scratch + tl.maximum(c - 1, 0) * 4 * PER * CHANNELS, N)
+                    start = fetch(scratch + tl.maximum(c - 1, 0) * KEPT, N)
             rows = ahead
 
     for t in range(length, own_frames):

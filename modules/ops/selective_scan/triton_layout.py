@@ -1,5 +1,5 @@
 # ruff: noqa: RUF005 - Triton knows tuples only to add them
-"""Which thread of a warp has what of the selective scan's states, and how numbers pass between them.
+"""Which thread of a warp has which of the selective scan's states, and how numbers pass between.
 
 A warp has CHANNELS channels. Four neighbouring lanes share four channels: each has all four, and a
 quarter of their states, PER of them. So B and C are read, and dB and dC summed, for a quarter of
@@ -40,19 +40,16 @@ def per_lane(N):
 
 @triton.jit
 def load_states(p, channels, block, N: tl.constexpr):
-    """(N, D) at a block's channels -> a lane's; zero for states that there are not."""
+    """(N, D) at a block's channels -> a lane's; zero for channels and states that there are not."""
     lane, own, order = lanes(N)
     PER: tl.constexpr = per_lane(N)
     states = ()
     for i in tl.static_range(4):
-        d = tl.minimum(block * CHANNELS + (lane ^ i), channels - 1)
+        d = block * CHANNELS + (lane ^ i)
         for n in tl.static_range(PER):
             state = own + (n ^ order)
-            if N == 4 * PER:
-                x = tl.load(p + state * channels + d)
-            else:
-                x = tl.load(p + state * channels + d, mask=state < N, other=0.0)
-            states = states + (x,)
+            there = (d < channels) & (state < N)
+            states = states + (tl.load(p + state * channels + d, mask=there, other=0.0),)
     return states
 
 
@@ -67,19 +64,6 @@ def store_states(p, states, channels, block, N: tl.constexpr):
             state = own + (n ^ order)
             at = p + state * channels + d
             tl.store(at, states[i * PER + n], mask=(d < channels) & (state < N))
-
-
-@triton.jit
-def of_channels(states, channels, block, N: tl.constexpr):
-    """Zero for channels that there are not."""
-    lane = tl.arange(0, CHANNELS)
-    PER: tl.constexpr = per_lane(N)
-    masked = ()
-    for i in tl.static_range(4):
-        for n in tl.static_range(PER):
-            there = block * CHANNELS + (lane ^ i) < channels
-            masked = masked + (tl.where(there, states[i * PER + n], 0.0),)
-    return masked
 
 
 @triton.jit
@@ -108,8 +92,8 @@ def zeros(N: tl.constexpr):
 
 
 @triton.jit
-def load_row(BC, t, N: tl.constexpr, PACKED: tl.constexpr):
-    """Row t of B and C side by side: a lane has one of 2 N numbers, or, if PACKED, of N pairs.
+def load_row(BC, N: tl.constexpr, PACKED: tl.constexpr):
+    """A row of B and C side by side: a lane has one of 2 N numbers, or, if PACKED, of N pairs.
 
     Of pairs there are at most 16: the upper lanes have them too (`turned`).
     """
@@ -118,9 +102,9 @@ def load_row(BC, t, N: tl.constexpr, PACKED: tl.constexpr):
         lane = lane & 15
     words: tl.constexpr = N if PACKED else 2 * N
     if words == CHANNELS or (PACKED and words == 16):
-        row = tl.load(BC + t * words + lane)
+        row = tl.load(BC + lane)
     else:
-        row = tl.load(BC + t * words + lane, mask=lane < words, other=0)
+        row = tl.load(BC + lane, mask=lane < words, other=0)
     return row
 
 
@@ -198,11 +182,11 @@ def halve(values, WIDTH: tl.constexpr, BIT: tl.constexpr, ORDERED: tl.constexpr)
 
 @triton.jit
 def sum_over_groups(dB, dC, N: tl.constexpr):
-    """Shares of dB and dC at a lane's states -> the sum over all channels that `place_in_row` says."""
+    """Shares of dB and dC at a lane's states -> the sum that `place_in_row` says, over channels."""
     PER: tl.constexpr = per_lane(N)
     lane = tl.arange(0, CHANNELS)
     values = ()
-    for n in tl.static_range(PER):
+    for n in tl.static_range(PER):  # the first bit to halve them by is the order's highest
         values = values + (dB[n], dC[n])
     if PER == 4:
         values = halve(values, 4, 16, True)

@@ -11,16 +11,24 @@ import triton
 import triton.language as tl
 
 from modules.ops.selective_scan.triton_kernels import (
-    CHANNELS,
-    load_row,
-    load_states,
-    pair,
-    parameter,
+    at,
+    bias_of,
+    decays_of,
     place,
     position,
     silu_and_slope,
     step_size,
+)
+from modules.ops.selective_scan.triton_layout import (
+    CHANNELS,
+    load_row,
+    load_states,
+    numbers,
+    of_four,
+    per_lane,
     store_states,
+    turned,
+    zeros,
 )
 
 
@@ -68,66 +76,63 @@ def chain_kernel(
     tl.store(last + scan * numbers + i, h, mask=mask)
 
 
+@triton.jit
+def load_message(dt, dy, z, BC, t, dt_t, dy_t, z_t, words, N: tl.constexpr, PACKED: tl.constexpr):
+    """-> dt, dy and z (0 if there is none) of frame t, its row of B and C"""
+    gate = 0.0 if z is None else tl.load(at(z, t, z_t))
+    row = load_row(at(BC, t, words), N, PACKED)
+    return tl.load(at(dt, t, dt_t)), tl.load(at(dy, t, dy_t)), gate, row
+
+
 @triton.jit(do_not_specialize=["frames", "piece_frames", "utterances", "reverse_from"])
 def message_kernel(
     dt, A, BC, z, dt_bias, lengths, dy, before,
-    frames, piece_frames, channels, utterances, reverse_from,
+    frames, piece_frames, channels, utterances, reverse_from, words,
     dt_g, dt_b, dt_t, z_g, z_b, z_t, dy_g, dy_b, dy_t,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """before (pieces, N, D): the gradient of the state before a piece, if its own frames' results
     alone count.
     """
-    piece, scan, group, b, first, _frames, length, reverse = place(
+    piece, scan, group, b, first, _frames, length, origin, sign = place(
         lengths, frames, piece_frames, utterances, reverse_from
     )
-    d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    PER: tl.constexpr = per_lane(N)
+    block = tl.program_id(0)
+    d = block * CHANNELS + tl.arange(0, CHANNELS)
     d_read = tl.minimum(d, channels - 1)
-    A_n = load_states(A + group * N * channels, channels, d_read, 0, N)
-    bias = parameter(dt_bias, group, channels, d_read)
+    A_n = load_states(A + group * N * channels, channels, block, N)
+    bias = bias_of(dt_bias, group, channels, d)
     dt += group * dt_g + b * dt_b + first * dt_t + d_read
     dy += group * dy_g + b * dy_b + first * dy_t + d_read
     if z is not None:
         z += group * z_g + b * z_b + first * z_t + d_read
-    BC += (scan * frames + first) * (N if PACKED else 2 * N)
-    message = ()
-    for _n in tl.static_range(N):
-        message = message + (tl.zeros([CHANNELS], tl.float32),)
+    BC += (scan * frames + first) * words
+    message = zeros(N)
     if length > 0:
         rows = ()
         for i in tl.static_range(CHUNK):
-            t = position(length - 1 - i, length, reverse)
-            gate = 0.0 if z is None else tl.load(z + t * z_t)
-            rows = rows + (
-                (tl.load(dt + t * dt_t), tl.load(dy + t * dy_t), gate, load_row(BC, t, N, PACKED)),
-            )
+            t = position(length - 1 - i, length, origin, sign)
+            rows = rows + (load_message(dt, dy, z, BC, t, dt_t, dy_t, z_t, words, N, PACKED),)
         for back in range(0, length, CHUNK):
             for i in tl.static_range(CHUNK):
                 row_dt, row_dy, gate, row = rows[0]
-                step, _slope = step_size(row_dt, bias, SOFTPLUS)
-                dy_k = row_dy.to(tl.float32)
+                valid = back + i < length
+                step, _slope = step_size(row_dt, bias, valid, SOFTPLUS)
+                dy_k = tl.where(valid, row_dy.to(tl.float32), 0.0)
                 if z is not None:
                     silu, _slope = silu_and_slope(gate)
                     dy_k *= silu
-                valid = back + i < length
-                step = tl.where(valid, step, 0.0)
-                dy_k = tl.where(valid, dy_k, 0.0)
+                decays = decays_of(of_four(step), A_n, N)
+                C = numbers(turned(row, PACKED), N, N, PACKED)
+                dy_four = of_four(dy_k)
                 new = ()
-                for n in tl.static_range(0, N, 2):
-                    C_even, C_odd = pair(row, N, n, 0, PACKED)
-                    new = new + (tl.exp2(step * A_n[n]) * (message[n] + dy_k * C_even),)
-                    if n + 1 < N:
-                        dh = message[n + 1] + dy_k * C_odd
-                        new = new + (tl.exp2(step * A_n[n + 1]) * dh,)
+                for m in tl.static_range(4):
+                    for n in tl.static_range(PER):
+                        dh = message[m * PER + n] + dy_four[m] * C[n]
+                        new = new + (decays[m * PER + n] * dh,)
                 message = new
-                t = position(length - 1 - (back + CHUNK + i), length, reverse)
-                gate = 0.0 if z is None else tl.load(z + t * z_t)
-                rows = rows[1:] + (
-                    (
-                        tl.load(dt + t * dt_t),
-                        tl.load(dy + t * dy_t),
-                        gate,
-                        load_row(BC, t, N, PACKED),
-                    ),
-                )
-    store_states(before + piece * N * channels, message, channels, d, 0, d < channels, N)
+                t = position(length - 1 - (back + CHUNK + i), length, origin, sign)
+                frame = load_message(dt, dy, z, BC, t, dt_t, dy_t, z_t, words, N, PACKED)
+                rows = rows[1:] + (frame,)
+    store_states(before + piece * N * channels, message, channels, block, N)
