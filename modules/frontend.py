@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from modules.lengths import zero_padding
+from modules.ops import norm_act_pad
 
 
 class ChannelsLastConv2d(Conv2d):
@@ -35,9 +36,10 @@ class ChannelsLastConv2d(Conv2d):
         # rows of whole eights.
         time, bins = weight.shape[2:]
         patches = x.unfold(1, time, self.stride[0]).unfold(2, bins, self.stride[1]).flatten(3)
-        spare = -patches.shape[3] % 8
-        return F.linear(F.pad(patches, (0, spare)), F.pad(weight.flatten(1), (0, spare)),
-                        self.conv.bias)  # fmt: skip
+        # A column of ones has the bias, whose gradient then costs no sum over all patches.
+        spare = 8 - patches.shape[3] % 8
+        weight = torch.cat([weight.flatten(1), self.conv.bias.unsqueeze(1)], dim=1)
+        return F.linear(F.pad(patches, (0, spare), value=1.0), F.pad(weight, (0, spare - 1)))
 
 
 class SeparableConv2d(nn.Sequential):
@@ -130,6 +132,8 @@ class ConvFrontend(nn.Module):
         """
         # Nothing valid reads the padding, but the weights' gradient does: 0 x NaN is NaN.
         x = zero_padding(x, lengths)
+        if norm_act_pad.supports(x.unsqueeze(-1), self.reach):
+            return self.fused(x, lengths)
         for block in self.blocks.values():
             x = block(reflect_bins(reflect_frames(x, lengths, self.reach), self.reach))
             if torch.is_autocast_enabled(x.device.type):
@@ -137,6 +141,26 @@ class ConvFrontend(nn.Module):
                 x = x.to(torch.get_autocast_dtype(x.device.type))
             lengths = (lengths - 1) // self.stride + 1
         return zero_padding(x.flatten(2), lengths), lengths
+
+    def fused(self, x, lengths):
+        """`forward` of x that is zero past its lengths, with one kernel from conv to conv."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = reflect_bins(reflect_frames(x, lengths, self.reach), self.reach)
+        for i, block in enumerate(self.blocks.values(), start=1):
+            parts = block.convs
+            lengths = (lengths - 1) // self.stride + 1
+            x = norm_act_pad.norm_act_pad(
+                parts.conv_0(x),
+                parts.norm_0.norm.weight,
+                parts.norm_0.norm.bias,
+                lengths,
+                eps=parts.norm_0.norm.eps,
+                slope=parts.act_0.negative_slope,
+                dropout=parts.dropout_0.p if self.training else 0.0,
+                reach=self.reach if i < len(self.blocks) else 0,
+            )
+        return x.flatten(2), lengths
 
     def initial_step(self, batch_size):
         """The state of `step` before the first frame: zeros, none of which is read."""

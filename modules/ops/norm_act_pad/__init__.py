@@ -1,0 +1,32 @@
+"""What ends a block of the frontend: LayerNorm, leaky ReLU, dropout, the next block's padding."""
+
+import torch
+
+from modules.ops import kernels
+from modules.ops.backends import OK, Call
+
+
+def supports(x, reach):
+    """Whether the kernels do it for x (B, T, F, C); else PyTorch's parts do, one after another."""
+    call = Call(x.device.type, _dtype(x), 1, True, initial_state=False, return_state=False)
+    able = x.is_cuda and kernels.supports(call) == OK and kernels.availability() == OK
+    return able and not torch.compiler.is_compiling() and x.shape[2] > reach
+
+
+def norm_act_pad(x, weight, bias, lengths, *, eps, slope, dropout=0.0, reach=0):
+    """LayerNorm over a frame, leaky ReLU, dropout; each utterance reflected at its own ends.
+
+    x: (B, T, F, C); weight, bias: (F, C); lengths: (B,)
+    eps, slope: LayerNorm's, the ReLU's; dropout: what share of numbers becomes zero
+    reach: how many frames and bins are added at each edge, F > reach. An utterance too short to
+        reflect repeats its nearest frame.
+    -> (B, T + 2 reach, F + 2 reach, C) in x's dtype, zero past an utterance's reflected end.
+    """
+    from modules.ops.norm_act_pad.triton import NormActPad
+
+    return NormActPad.apply(x, weight, bias, lengths, eps, slope, dropout, reach)
+
+
+def _dtype(x):
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

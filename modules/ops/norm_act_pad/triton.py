@@ -1,0 +1,51 @@
+"""One Triton kernel forward and one backward: the input is read once each way, and kept alone.
+
+PyTorch's parts go eleven times over the largest tensors of a small model, most of them in float32.
+What dropout drops is drawn again in the backward pass (`modules.dropout`).
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+ROWS = 8  # frames of a program forward, which reads the weights once for all of them
+PROGRAMS = 528  # backward, four for each of an H100's multiprocessors; each adds up its gradients
+
+
+class NormActPad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, lengths, eps, slope, dropout, reach):
+        from modules.ops.norm_act_pad.triton_kernels import forward_kernel
+
+        x = x.contiguous()
+        B, T, F, C = x.shape
+        out = x.new_empty(B, T + 2 * reach, F + 2 * reach, C)
+        stats = torch.empty(2, B, T, dtype=torch.float32, device=x.device)
+        keys = torch.randint(-(2**31), 2**31 - 1, (2,), device=x.device, dtype=torch.int32)
+        shared = (x, weight.contiguous(), bias.contiguous(), lengths.contiguous(), keys, stats)
+        sizes = {"BINS": F, "CHANNELS": C, "REACH": reach, "WIDTH": 1 << (F * C - 1).bit_length()}
+        numbers = (T, B, slope, int(2**32 * dropout) - 2**31, 1 / (1 - dropout))
+        sizes |= {"DROPS": dropout > 0, "num_warps": min(max(sizes["WIDTH"] // 512, 1), 16)}
+        if x.numel():
+            # Triton launches on the current device, whatever the tensors' own.
+            with torch.cuda.device_of(x):
+                grid = -(-out.shape[1] // ROWS), B
+                forward_kernel[grid](*shared, out, *numbers, eps, ROWS=ROWS, **sizes)
+        ctx.save_for_backward(*shared)
+        ctx.numbers, ctx.sizes = numbers, sizes
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        from modules.ops.norm_act_pad.triton_kernels import backward_kernel
+
+        x, weight, *_ = shared = ctx.saved_tensors
+        dx, programs = torch.empty_like(x), min(PROGRAMS, max(1, x.shape[0] * x.shape[1]))
+        sums = torch.zeros(programs, 2, *weight.shape, dtype=torch.float32, device=x.device)
+        if x.numel():
+            with torch.cuda.device_of(x):
+                backward_kernel[(programs,)](
+                    *shared, dout.contiguous(), dx, sums, *ctx.numbers, **ctx.sizes
+                )
+        dweight, dbias = sums.sum(0).to(weight.dtype)
+        return dx, dweight, dbias, *[None] * 5

@@ -1,0 +1,156 @@
+"""Triton kernels over frames (F, C) of an utterance, rows of F C numbers; arithmetic is float32."""
+
+import triton
+import triton.language as tl
+
+SIZES = ["frames", "utterances"]  # which change from batch to batch
+
+
+@triton.jit
+def scramble(x):
+    x = x * 0x7FEB352D
+    return (x ^ (x >> 15)) * 0x846CA68B
+
+
+@triton.jit
+def kept(keys, row, e, threshold, SIZE: tl.constexpr):
+    """Whether dropout leaves element e of a row, as in `modules.dropout.keep`."""
+    number = (row * SIZE).to(tl.uint32) + e.to(tl.uint32)
+    number = number ^ tl.load(keys).to(tl.uint32, bitcast=True)
+    number = scramble(number ^ (number >> 16))
+    drawn = scramble(number ^ tl.load(keys + 1).to(tl.uint32, bitcast=True))
+    return drawn.to(tl.int32, bitcast=True) >= threshold
+
+
+@triton.jit
+def padded_bins(e, mask, BINS: tl.constexpr, CHANNELS: tl.constexpr, REACH: tl.constexpr):
+    """Where element e of a row lies in a padded one, and its mirror images with their masks."""
+    f = e // CHANNELS
+    c = e % CHANNELS
+    low = mask & (f >= 1) & (f <= REACH)
+    high = mask & (f >= BINS - 1 - REACH) & (f <= BINS - 2)
+    return (
+        (f + REACH) * CHANNELS + c,
+        (REACH - f) * CHANNELS + c,
+        low,
+        (REACH + 2 * BINS - 2 - f) * CHANNELS + c,
+        high,
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    x, weight, bias, lengths, keys, stats, out,
+    frames, utterances, slope, threshold, scale, eps,
+    BINS: tl.constexpr, CHANNELS: tl.constexpr, REACH: tl.constexpr, WIDTH: tl.constexpr,
+    DROPS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS frames of the result, each from the frame that it repeats."""
+    SIZE: tl.constexpr = BINS * CHANNELS
+    b = tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths + b).to(tl.int32)
+    last = tl.maximum(length - 1, 0)
+    e = tl.arange(0, WIDTH)
+    mask = e < SIZE
+    w = tl.load(weight + e, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(bias + e, mask=mask, other=0.0).to(tl.float32)
+    place, low_place, low, high_place, high = padded_bins(e, mask, BINS, CHANNELS, REACH)
+    padded = frames + 2 * REACH
+    first = tl.program_id(0) * ROWS
+    for k in range(ROWS):
+        p = first + k
+        here = p < padded
+        t = p - REACH
+        t = tl.where(p < REACH, tl.minimum(REACH - p, last), t)
+        t = tl.where(t >= length, tl.maximum(last - 1 - (t - length), 0), t)
+        inside = here & (p < length + 2 * REACH) & (length > 0)
+        row = b * frames + t
+        value = tl.load(x + row * SIZE + e, mask=mask & inside, other=0.0).to(tl.float32)
+        mean = tl.sum(value, axis=0) / SIZE
+        value = tl.where(mask, value - mean, 0.0)
+        deviation = tl.rsqrt(tl.sum(value * value, axis=0) / SIZE + eps)
+        own = inside & (p == t + REACH)
+        tl.store(stats + row, mean, mask=own)
+        tl.store(stats + utterances * frames + row, deviation, mask=own)
+        y = value * deviation * w + shift
+        y = tl.where(y > 0, y, y * slope)
+        if DROPS:
+            y = tl.where(kept(keys, row, e, threshold, SIZE), y * scale, 0.0)
+        y = tl.where(inside, y, 0.0).to(out.dtype.element_ty)
+        target = out + (b * padded + p) * ((BINS + 2 * REACH) * CHANNELS)
+        tl.store(target + place, y, mask=mask & here)
+        if REACH > 0:
+            tl.store(target + low_place, y, mask=low & here)
+            tl.store(target + high_place, y, mask=high & here)
+
+
+@triton.jit
+def load_gradient(row, place, mask, low_place, low, high_place, high, wanted, REACH: tl.constexpr):
+    """The gradient of a padded frame, of an element and its images; zero unless wanted."""
+    g = tl.load(row + place, mask=mask & wanted, other=0.0).to(tl.float32)
+    if REACH > 0:
+        g += tl.load(row + low_place, mask=low & wanted, other=0.0).to(tl.float32)
+        g += tl.load(row + high_place, mask=high & wanted, other=0.0).to(tl.float32)
+    return g
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_kernel(
+    x, weight, bias, lengths, keys, stats, dout, dx, sums,
+    frames, utterances, slope, threshold, scale,
+    BINS: tl.constexpr, CHANNELS: tl.constexpr, REACH: tl.constexpr, WIDTH: tl.constexpr,
+    DROPS: tl.constexpr,
+):  # fmt: skip
+    """Every so-manieth frame's dx; sums (programs, 2, F C): the gradients of weight and bias."""
+    SIZE: tl.constexpr = BINS * CHANNELS
+    e = tl.arange(0, WIDTH)
+    mask = e < SIZE
+    w = tl.load(weight + e, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(bias + e, mask=mask, other=0.0).to(tl.float32)
+    place, low_place, low, high_place, high = padded_bins(e, mask, BINS, CHANNELS, REACH)
+    dw = tl.zeros((WIDTH,), tl.float32)
+    db = tl.zeros((WIDTH,), tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    rows = utterances * frames
+    for _ in range(tl.program_id(0), rows, tl.num_programs(0)):
+        b = row // frames
+        t = (row % frames).to(tl.int32)
+        length = tl.load(lengths + b).to(tl.int32)
+        last = tl.maximum(length - 1, 0)
+        inside = t < length
+        start = b * (frames + 2 * REACH)
+        stride: tl.constexpr = (BINS + 2 * REACH) * CHANNELS
+        g = load_gradient(
+            dout + (start + t + REACH) * stride,
+            place, mask, low_place, low, high_place, high, inside, REACH,
+        )  # fmt: skip
+        for k in tl.static_range(REACH):
+            before = inside & (tl.minimum(k + 1, last) == t)
+            if before:
+                g += load_gradient(
+                    dout + (start + REACH - 1 - k) * stride,
+                    place, mask, low_place, low, high_place, high, before, REACH,
+                )  # fmt: skip
+            after = inside & (tl.maximum(last - 1 - k, 0) == t)
+            if after:
+                g += load_gradient(
+                    dout + (start + REACH + length + k) * stride,
+                    place, mask, low_place, low, high_place, high, after, REACH,
+                )  # fmt: skip
+        mean = tl.load(stats + row, mask=inside, other=0.0)
+        deviation = tl.load(stats + utterances * frames + row, mask=inside, other=0.0)
+        value = tl.load(x + row * SIZE + e, mask=mask & inside, other=0.0).to(tl.float32)
+        value = tl.where(mask & inside, (value - mean) * deviation, 0.0)
+        if DROPS:
+            g = tl.where(kept(keys, row, e, threshold, SIZE), g * scale, 0.0)
+        g = tl.where(value * w + shift > 0, g, g * slope)
+        dw += g * value
+        db += g
+        g = g * w
+        along = tl.sum(g * value, axis=0) / SIZE
+        g = (g - tl.sum(g, axis=0) / SIZE - value * along) * deviation
+        tl.store(dx + row * SIZE + e, g.to(dx.dtype.element_ty), mask=mask)
+        row += tl.num_programs(0)
+    to = sums + tl.program_id(0).to(tl.int64) * (2 * SIZE) + e
+    tl.store(to, dw, mask=mask)
+    tl.store(to + SIZE, db, mask=mask)

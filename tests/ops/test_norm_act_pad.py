@@ -1,0 +1,141 @@
+"""A block's end by Triton equals the parts that the frontend has elsewhere, in float64.
+
+Triton runs on a CUDA device, elsewhere in its interpreter, in a process of its own.
+"""
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from modules.frontend import ConvFrontend, reflect_bins, reflect_frames
+from modules.lengths import zero_padding
+from modules.ops.norm_act_pad import norm_act_pad
+from tests.ops.interpreted import (
+    DEVICE,
+    assert_near,
+    compile_kernel,
+    gpu,
+    installed,
+    outside,
+    run_in_the_interpreter,
+    runs_kernels,
+)
+
+OPTIONS = {"eps": 1e-5, "slope": 0.01}
+
+
+@installed
+@outside
+def test_in_the_interpreter():
+    assert run_in_the_interpreter(__file__) >= 14
+
+
+def tensors(B, T, bins, channels, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(T)
+    x = torch.randn(B, T, bins, channels, generator=generator).to(dtype)
+    weight, bias = torch.randn(2, bins, channels, generator=generator)
+    lengths = torch.randint(1, T + 1, (B,), generator=generator)
+    lengths[0], lengths[-1] = T, 1
+    return [t.to(DEVICE) for t in (x, weight, bias, lengths)]
+
+
+def reference(x, weight, bias, lengths, reach, keep=1.0):
+    """The frontend's parts one after another; keep: what dropout multiplies by."""
+    y = F.leaky_relu(F.layer_norm(x, x.shape[2:], weight, bias, OPTIONS["eps"]), OPTIONS["slope"])
+    y = zero_padding(y * keep, lengths)
+    if reach:
+        y = reflect_bins(reflect_frames(y, lengths, reach), reach)
+    return zero_padding(y, lengths + 2 * reach)
+
+
+def with_gradients(function, x, weight, bias, *rest, seed=0):
+    inputs = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+    y = function(*inputs, *rest)
+    generator = torch.Generator().manual_seed(seed)
+    dy = torch.randn(y.shape, generator=generator).to(y)
+    return y.detach(), *torch.autograd.grad(y, inputs, dy)
+
+
+@runs_kernels
+@pytest.mark.parametrize("reach", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("size", "dtype", "tolerance"),
+    [
+        ((3, 11, 5, 3), torch.float32, 1e-5),
+        ((4, 3, 4, 8), torch.float32, 1e-5),
+        ((1, 1, 3, 2), torch.float32, 1e-5),
+        ((3, 9, 5, 32), torch.bfloat16, 1e-2),
+    ],
+)
+def test_equals_the_parts(size, dtype, tolerance, reach):
+    x, weight, bias, lengths = tensors(*size, dtype)
+    got = with_gradients(
+        lambda *t: norm_act_pad(*t, lengths, reach=reach, **OPTIONS), x, weight, bias
+    )
+    wide = [t.double() for t in (x, weight, bias)]
+    expected = with_gradients(reference, *wide, lengths, reach)
+    assert got[0].dtype == dtype
+    assert_near([t.double() for t in got], expected, tolerance)
+
+
+@runs_kernels
+def test_what_is_dropped_is_dropped_backward_too():
+    x, weight, bias, lengths = tensors(4, 30, 6, 16)
+    torch.manual_seed(0)
+    got = with_gradients(
+        lambda *t: norm_act_pad(*t, lengths, reach=1, dropout=0.3, **OPTIONS), x, weight, bias
+    )
+    keep = (got[0][:, 1:-1, 1:-1] != 0) / 0.7  # of each frame as it lies there
+    valid = zero_padding(torch.ones_like(x), lengths) > 0
+    assert abs((keep[valid] > 0).double().mean() - 0.7) < 0.02
+    wide = [t.double() for t in (x, weight, bias)]
+    expected = with_gradients(reference, *wide, lengths, 1, keep.double())
+    assert_near([t.double() for t in got], expected, 1e-5)
+    again = norm_act_pad(x, weight, bias, lengths, reach=1, dropout=0.3, **OPTIONS)
+    assert not torch.equal(again, got[0])  # it draws anew
+
+
+@runs_kernels
+def test_padding_is_not_read():
+    x, weight, bias, lengths = tensors(3, 9, 5, 4)
+    past = zero_padding(torch.ones_like(x), lengths) == 0
+    y = with_gradients(lambda *t: norm_act_pad(*t, lengths, reach=1, **OPTIONS), x, weight, bias)
+    x = x.masked_fill(past, float("nan"))
+    z = with_gradients(lambda *t: norm_act_pad(*t, lengths, reach=1, **OPTIONS), x, weight, bias)
+    assert all(map(torch.equal, y, z))
+
+
+@installed
+@outside
+def test_nothing_is_spilled():
+    """The first block of all sizes: 40 bins of 64 channels."""
+    from modules.ops.norm_act_pad.triton_kernels import backward_kernel, forward_kernel
+
+    pointers = {"keys": "i32", "out": "bf16", "dout": "bf16", "dx": "bf16", "x": "bf16"}
+    constants = {"BINS": 40, "CHANNELS": 64, "REACH": 1, "WIDTH": 4096, "DROPS": True, "ROWS": 8}
+    constants |= {"slope": 0.01, "threshold": 0, "scale": 2.0, "eps": 1e-5}
+    for kernel in (forward_kernel, backward_kernel):
+        _, spilled, _ = compile_kernel(kernel, "bf16", constants, 8, **pointers)
+        assert spilled == 0
+
+
+@pytest.mark.gpu
+@gpu
+@runs_kernels
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_frontend_on_a_gpu(bf16, monkeypatch):
+    torch.manual_seed(0)
+    frontend = ConvFrontend(dropout=0.0).cuda()
+    x, lengths = torch.randn(4, 203, 80, device="cuda"), torch.tensor([203, 150, 4, 1]).cuda()
+    results = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr("modules.ops.norm_act_pad.supports", lambda x, reach: False)
+        frontend.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            y, frames = frontend(x, lengths)
+        (y.float() * torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y)).sum().backward()
+        results.append([y.double(), *(p.grad.double() for p in frontend.parameters())])
+    assert frames.tolist() == [51, 38, 1, 1]
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= (2e-2 if bf16 else 1e-3) * b.norm()
