@@ -94,15 +94,15 @@ def _forward(
     u, dt, z (G, B, T, D), A (G, D, N), B, C (G, B, T, N), D, dt_bias (G, D), states (G, B, N, D):
     G groups of B scans, each group with parameters of its own. From scan reverse_from on (of
     G B) time runs backwards.
-    -> y (G, B, T, D), last states; if `keep` the states at the segments' starts and the total of
-    dt in the pieces of time
+    -> y (G, B, T, D), last states; if `keep` the states at the segments' starts, the total of dt
+    in the pieces of time, and A, B and C as `_prepared`
     """
     from modules.ops.selective_scan.triton_kernels import forward_kernel
 
-    launch, A_t, BC = _prepared(u, A, B, C, dt_softplus, reverse_from)
+    launch, (A_t, BC) = _launch(u, A, B, C, dt_softplus, reverse_from), _prepared(A, B, C)
     u, dt, z = (dense_rows(x) for x in (u, dt, z))
     D, dt_bias, lengths = (None if x is None else x.contiguous() for x in (D, dt_bias, lengths))
-    y, last, starts, total = _shapes(
+    y, last, starts, total, *prepared = _shapes(
         u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, reverse_from, keep
     )
     final = last
@@ -114,7 +114,7 @@ def _forward(
         initial_state = launch.chain(final, total, A_t, initial_state, last, backwards=False)
     outputs = (y, final, starts if keep else None, None)
     launch(forward_kernel, (*inputs, initial_state, *outputs), **options)
-    return y, last, starts, total
+    return y, last, starts, total, *((A_t, BC) if keep else prepared)
 
 
 def _shapes(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, reverse_from, keep):
@@ -127,7 +127,9 @@ def _shapes(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, 
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     last = u.new_empty(groups, batch, A.shape[2], channels, dtype=torch.float32)
     starts = last.new_empty(kept * _slots(A.shape[2]) if keep else 0)
-    return y, last, starts, last.new_empty(sums)
+    A_t = last.new_empty(A.mT.shape if keep else 0)
+    BC = _beside(B, C) if keep else last.new_empty(0)
+    return y, last, starts, last.new_empty(sums), A_t, BC
 
 
 def _backward(gradients, args, kept):
@@ -137,8 +139,8 @@ def _backward(gradients, args, kept):
 
     u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, reverse_from, _ = args
     dy, dlast = gradients
-    starts, total = kept
-    launch, A_t, BC = _prepared(u, A, B, C, dt_softplus, reverse_from)
+    starts, total, A_t, BC = kept
+    launch = _launch(u, A, B, C, dt_softplus, reverse_from)
     states, blocks, pieces = launch.states, launch.blocks, launch.pieces
     u, dt, z = (dense_rows(x) for x in (u, dt, z))
     D, dt_bias, lengths = (None if x is None else x.contiguous() for x in (D, dt_bias, lengths))
@@ -179,7 +181,7 @@ _operator = Operator(
     "selective_scan",
     "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_state, bool dt_softplus, Tensor? lengths, SymInt reverse_from, bool keep",
-    outputs=4,
+    outputs=6,
     results=2,
     forward=_forward,
     backward=_backward,
@@ -262,16 +264,24 @@ class _Launch:
                 )
 
 
-def _prepared(u, A, B, C, dt_softplus, reverse_from):
-    """-> launch; A (G, N, D) in float32, times log2(e); B and C side by side
+def _launch(u, A, B, C, dt_softplus, reverse_from):
+    return _Launch(u.shape, A.shape[2], reverse_from, dt_softplus, _packed(B, C))
 
-    These are (G, B, T, 2 N) float32, or, of bfloat16, (G, B, T, N) pairs.
-    """
-    packed = B.dtype == C.dtype == torch.bfloat16 and B.shape[-1] % 2 == 0
+
+def _packed(B, C):
+    """Whether two numbers of B or C make a word."""
+    return B.dtype == C.dtype == torch.bfloat16 and B.shape[-1] % 2 == 0
+
+
+def _prepared(A, B, C):
+    """-> A (G, N, D) in float32, times log2(e); B and C side by side, as `_beside`"""
+    return (A.float() * math.log2(math.e)).mT.contiguous(), _beside(B, C)
+
+
+def _beside(B, C):
+    """(G, B, T, 2 N) float32, or, of bfloat16, (G, B, T, N) pairs."""
     BC = torch.cat((B, C), dim=-1)
-    BC = BC.view(torch.int32) if packed else BC.float()
-    A_t = (A.float() * math.log2(math.e)).transpose(1, 2).contiguous()
-    return _Launch(u.shape, A.shape[2], reverse_from, dt_softplus, packed), A_t, BC
+    return BC.view(torch.int32) if _packed(B, C) else BC.float()
 
 
 def _turned(state):
