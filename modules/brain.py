@@ -182,7 +182,11 @@ class ASRBrain(TrainingBrain):
             if not self.distributed_launch and self.modules.encoder.chunks is None:
                 within = [m for name, m in self.modules.items() if not name.endswith("_head")]
                 network = with_weights_cast(self.network, torch.nn.ModuleList(within))
-                self.graphs = TrainingGraphs(network, self.hparams.model.parameters())
+                self.graphs = TrainingGraphs(
+                    network,
+                    self.hparams.model.parameters(),
+                    accumulate=self.grad_accumulation_factor > 1,
+                )
 
     def check_loss_isfinite(self, loss):
         super().check_loss_isfinite(loss)

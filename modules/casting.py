@@ -8,6 +8,7 @@ import functools
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.utils.stateless import _reparametrize_module
 
 
@@ -44,6 +45,35 @@ def weights_of_products(modules):
             attention = name.endswith(("in_proj_weight", "in_proj_bias"))
             if (product or attention) and not getattr(parameter, "full_precision", False):
                 yield name, parameter
+
+
+def sources_of_gradients(outputs, parameters):
+    """With respect to what to differentiate outputs to learn parameters' gradients: a list.
+
+    Where a parameter's whole gradient comes through its one copy in another dtype, that is the
+    copy, which has the same gradient before it is made as long as the parameter; else the
+    parameter.
+    """
+    uses, seen, nodes = {}, set(), [y.grad_fn for y in outputs]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for i, (following, _) in enumerate(node.next_functions):
+            parameter = getattr(following, "variable", None)  # of a leaf
+            if parameter is None:
+                nodes.append(following)
+            else:
+                uses.setdefault(parameter, []).append((node, i))
+
+    def source(parameter):
+        found = uses.get(parameter, ())
+        if len(found) == 1 and isinstance(found[0][0], _Cast._backward_cls):
+            return GradientEdge(*found[0])
+        return parameter
+
+    return [source(parameter) for parameter in parameters]
 
 
 class _Cast(torch.autograd.Function):

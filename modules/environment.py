@@ -19,7 +19,6 @@ from modules.ops import (
     gating,
     mamba_step,
     selective_scan,
-    softmax,
     state_space_dual,
 )
 
@@ -29,13 +28,12 @@ PACKAGES = (
 )
 OPERATORS = (
     *(selective_scan, state_space_dual, causal_conv1d, depthwise_conv1d),
-    *(gating, mamba_step, ctc, softmax),
+    *(gating, mamba_step, ctc),
 )
 VARIABLES = (
     *("MAMBA_ASR_SCAN_BACKEND", "MAMBA_ASR_CONV_BACKEND", "MAMBA_ASR_STEP_BACKEND"),
     *("MAMBA_ASR_DEPTHWISE_BACKEND", "MAMBA_ASR_GATE_BACKEND", "MAMBA_ASR_DUAL_BACKEND"),
-    *("MAMBA_ASR_CTC_BACKEND", "MAMBA_ASR_SOFTMAX_BACKEND"),
-    "OMP_NUM_THREADS",
+    *("MAMBA_ASR_CTC_BACKEND", "OMP_NUM_THREADS"),
 )
 
 

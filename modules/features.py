@@ -50,7 +50,7 @@ class Features(nn.Module):
 
         An utterance of N samples has N // hop + 1 frames.
         """
-        x = self.fbank(F.pad(wavs, (self.reach, self.reach)))
+        x = self.mels(F.pad(wavs, (self.reach, self.reach)))
         lengths = torch.div(lengths, self.hop, rounding_mode="floor") + 1
         time = torch.arange(x.shape[1], device=x.device)
         padded = (time >= lengths.unsqueeze(1)).unsqueeze(2)
@@ -58,6 +58,19 @@ class Features(nn.Module):
             loudest = x.masked_fill(padded, float("-inf")).amax(dim=(1, 2), keepdim=True)
             x = torch.maximum(x, loudest - self.top_db)
         return x.masked_fill(padded, 0.0), lengths
+
+    def mels(self, wavs):
+        """SpeechBrain's `Fbank`, whose constants are brought to the waveforms' device once.
+
+        It keeps them on the CPU and copies them in each call, for which the host waits.
+        """
+        device, stft, banks = wavs.device, self.fbank.compute_STFT, self.fbank.compute_fbanks
+        if stft.window.device != device:
+            stft.window = stft.window.to(device)
+            for name in ("f_central", "band", "all_freqs_mat"):
+                setattr(banks, name, getattr(banks, name).to(device))
+            banks.device_inp = device
+        return self.fbank(wavs)
 
     @property
     def reach(self):
@@ -86,4 +99,4 @@ class Features(nn.Module):
         if not frames:
             n_mels = self.fbank.compute_fbanks.n_mels
             return x.new_zeros(len(x), 0, n_mels), state
-        return self.fbank(x[:, : (frames - 1) * self.hop + self.n_fft]), state
+        return self.mels(x[:, : (frames - 1) * self.hop + self.n_fft]), state

@@ -11,6 +11,8 @@ import time
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from modules.casting import sources_of_gradients
+
 logger = logging.getLogger(__name__)
 
 FRAMES, TOKENS = 64, 32  # batches' lengths are padded to multiples of these
@@ -90,13 +92,17 @@ class TrainingGraphs(Graphs):
     Arguments, besides those of `Graphs`
     ---------
     parameters : iterable
-        What the network learns.
+        What is learnt, by the network or behind it.
+    accumulate : bool
+        Whether gradients are added to those that are there. False, where a step is one batch, is
+        less work: they are written, as they come from matrix products, and any before are lost.
     """
 
-    def __init__(self, network, parameters, limit=256):
+    def __init__(self, network, parameters, limit=256, accumulate=True):
         super().__init__(network, limit)
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.flat, self.gradients, self.anchor = None, None, None
+        self.accumulate = accumulate
+        self.flat, self.gradients, self.gaps, self.anchor = None, None, None, None
         self.discard = False  # of a batch whose loss is not finite nothing is learnt
 
     def __call__(self, *inputs):
@@ -106,27 +112,49 @@ class TrainingGraphs(Graphs):
 
     def record(self, inputs):
         if self.gradients is None:
-            self.flat, self.gradients = flat_gradients(self.parameters)
+            self.flat, self.gradients, self.gaps = flat_gradients(self.parameters)
             # Tells autograd that the outputs can be differentiated.
             self.anchor = torch.zeros((), device=inputs[0].device, requires_grad=True)
         return _Graph(self, inputs)
 
     def replay(self, graph, inputs):
-        self.attach()
+        if self.accumulate:
+            self.attach()
+        elif self.attached():  # no step's end has taken them away
+            for parameter in self.parameters:
+                parameter.grad = None
         return _Replay.apply(self.anchor, self, graph, *inputs)
 
+    def differentiate(self, outputs, doutputs):
+        """The parameters' gradients, or None; those to be written in the precision they come in."""
+        sources = self.parameters
+        if not self.accumulate:
+            sources = sources_of_gradients(outputs, sources)
+        return torch.autograd.grad(outputs, sources, doutputs, allow_unused=True)
+
+    def leave(self, given):
+        """Leave gradients in `flat`, to be recorded."""
+        if self.accumulate:
+            add_all(self.gradients, given)
+            return
+        write_all(self.gradients, given)
+        if self.gaps:  # clipped with all the rest by a norm that is NaN, they became NaN
+            torch._foreach_zero_(self.gaps)
+
     def attached(self):
-        """Whether the gradients are where the graphs add to them, in `flat`."""
+        """Whether the gradients are where the graphs leave them, in `flat`."""
         return self.flat is not None and self.parameters[0].grad is self.gradients[0]
 
     def attach(self):
-        """Let the parameters' gradients be those that the graphs add to.
+        """Let the parameters' gradients be those in `flat`, before graphs add or once they wrote.
 
-        A step's end takes them away, and a batch without a graph may have brought others.
+        A step's end takes them away. A batch without a graph may have brought others, and what is
+        behind the network brings its own.
         """
         if self.attached():
             return
-        self.flat.zero_()
+        if self.accumulate or self.discard:  # else it is written, in the latter case not now
+            self.flat.zero_()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is not None:
                 gradient.add_(parameter.grad)
@@ -155,7 +183,7 @@ class _Graph:
     """A forward and a backward pass from and to the addresses of inputs, outputs, doutputs."""
 
     def __init__(self, graphs, inputs):
-        network, parameters, gradients = graphs.network, graphs.parameters, graphs.gradients
+        network = graphs.network
         self.inputs = [graphs.end(("input", i), x).copy_(x) for i, x in enumerate(inputs)]
         stream = graphs.stream
         stream.wait_stream(torch.cuda.current_stream())
@@ -165,7 +193,7 @@ class _Graph:
             self.learns = [y.requires_grad for y in outputs]
             learnt = [y for y in outputs if y.requires_grad]
             self.doutputs = [graphs.end(("gradient", i), y.detach()) for i, y in enumerate(learnt)]
-            torch.autograd.grad(learnt, parameters, self.doutputs, allow_unused=True)
+            graphs.differentiate(learnt, self.doutputs)
             del outputs, learnt
         torch.cuda.current_stream().wait_stream(stream)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -175,8 +203,7 @@ class _Graph:
             torch._foreach_copy_(self.outputs, [y.detach() for y in outputs])
         learnt = [y for y in outputs if y.requires_grad]
         with torch.cuda.graph(self.backward, **options):
-            given = torch.autograd.grad(learnt, parameters, self.doutputs, allow_unused=True)
-            add_all(gradients, given)
+            graphs.leave(graphs.differentiate(learnt, self.doutputs))
 
 
 def recording(graphs):
@@ -203,16 +230,19 @@ class _Replay(torch.autograd.Function):
             given = [g for g, learns in zip(gradients, graph.learns, strict=True) if learns]
             torch._foreach_copy_(graph.doutputs, given)
             graph.backward.replay()
+        if not graphs.accumulate:
+            graphs.attach()
         return (None,) * (3 + len(graph.inputs))
 
 
 def flat_gradients(parameters):
-    """One tensor of zeros, and a view of it like each of the parameters."""
+    """One tensor of zeros, a view of it like each of the parameters, and the gaps between them."""
     # Kernels for many tensors at once want them aligned.
     sizes = [p.numel() + -p.numel() % 64 for p in parameters]
     flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
-    parts = zip(flat.split(sizes), parameters, strict=True)
-    return flat, [part[: p.numel()].view(p.shape) for part, p in parts]
+    parts = list(zip(flat.split(sizes), parameters, strict=True))
+    gaps = [part[p.numel() :] for part, p in parts if p.numel() % 64]
+    return flat, [part[: p.numel()].view(p.shape) for part, p in parts], gaps
 
 
 def add_all(totals, shares):
@@ -223,6 +253,22 @@ def add_all(totals, shares):
         chosen = [pair for pair, same in zip(pairs, alike, strict=True) if same == kind]
         if chosen:
             torch._foreach_add_([t for t, _ in chosen], [s for _, s in chosen])
+
+
+def write_all(targets, shares):
+    """Copy to each dense target its share, zeros if it has none, in few launches."""
+    zeros, alike = [], {}  # by precision: else all would be copied one by one
+    for target, share in zip(targets, shares, strict=True):
+        if share is None:
+            zeros.append(target)
+        elif share.is_contiguous():
+            alike.setdefault(share.dtype, []).append((target.view(-1), share.view(-1)))
+        else:
+            target.copy_(share)
+    if zeros:
+        torch._foreach_zero_(zeros)
+    for pairs in alike.values():
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 def _without_cast_cache(network):

@@ -6,8 +6,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
 from modules.lengths import valid_frames, zero_padding
-from modules.ops.ctc import ctc
-from modules.ops.softmax import normalizers, scaled_softmax
+from modules.ops.ctc import ctc, normalizers, scaled_softmax
 
 
 def ctc_loss(logits, tokens, lengths, token_lengths, blank_index=0, reduction="batchmean"):

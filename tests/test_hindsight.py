@@ -270,9 +270,8 @@ def test_numbers_come_while_the_device_is_at_later_work():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_asks_the_device_for_nothing(tmp_path, monkeypatch):
-    """With CTC's own kernels; what is told of the step before is waited for by an event."""
-    monkeypatch.setenv("MAMBA_ASR_CTC_BACKEND", "triton")
+def test_a_step_asks_the_device_for_nothing(tmp_path):
+    """What is told of the step before is waited for by an event."""
     options = ["inter_ctc_layers=[1]", "noise_probability=1.0", "reverberation_probability=1.0"]
     brain = build("conmamba", "tiny", tmp_path, "cuda", "bf16", "reduce-overhead", options)
     brain.hparams.epoch_counter.current = 99  # the features' statistics stay as they are

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from modules.errors import UserError
 from modules.lengths import valid_frames
 from modules.ops.ctc import ctc
 from tests.ops.interpreted import (
@@ -24,7 +25,7 @@ from tests.ops.interpreted import (
 @installed
 @outside
 def test_in_the_interpreter():
-    assert run_in_the_interpreter(__file__) >= 16
+    assert run_in_the_interpreter(__file__) >= 17
 
 
 def utterances(B, T, U, C, kinds, seed=0, blank=0):
@@ -140,6 +141,21 @@ def test_strides():
         assert torch.equal(ours, theirs)
 
 
+@runs_kernels
+def test_double_is_left_to_pytorch():
+    scores, *batch = utterances(3, 8, 3, 5, 5)
+    with pytest.raises(UserError, match=r"no kernel for torch\.float64"):
+        ctc(scores, *batch, 0, backend="triton")
+    loss, grad = ctc(scores, *batch, 0)
+    assert loss.dtype == grad.dtype == torch.float64
+
+
+def test_scores_of_low_precision():
+    scores, *batch = utterances(3, 8, 3, 5, 5)
+    with pytest.raises(ValueError, match="expected float32 or float64"):
+        ctc(scores.bfloat16(), *batch, 0)
+
+
 def test_shapes_that_do_not_fit():
     scores, labels, lengths, label_lengths = utterances(3, 8, 3, 5, 5)
     with pytest.raises(ValueError, match=r"found \(3, 8, 5\), \(2, 3\), \(3,\), \(3,\)"):
@@ -160,6 +176,16 @@ def test_nothing_is_spilled(states):
         assert spilled == 0
 
 
+def float32_error(scores, labels, lengths, label_lengths):
+    """How far PyTorch's gradients in float32 are off, at most."""
+    batch = labels, lengths, label_lengths, 0
+    (loss, expected), (_, grad) = (
+        ctc(x, *batch, backend="torch") for x in (scores, scores.float())
+    )
+    counts = valid_frames(lengths, scores.shape[1]) & loss.isfinite().view(-1, 1)
+    return (grad - expected)[counts].abs().max().item()
+
+
 @pytest.mark.gpu
 @gpu
 @runs_kernels
@@ -167,10 +193,14 @@ def test_nothing_is_spilled(states):
     "size", [(96, 400, 240, 31, 31), (32, 400, 60, 61, 61), (2, 3000, 900, 31, 31)]
 )
 def test_speech_on_a_gpu(size):
-    """Twice the same, to the bit: a thread that read what another had not written would tell."""
+    """As near as PyTorch's in float32, whose sums of 10,000 cost 0.01 of a posterior.
+
+    And twice the same, to the bit: a thread that read what another had not written would tell.
+    """
     scores, labels, lengths, label_lengths = utterances(*size)
-    lengths.clamp_(min=2 * int(label_lengths.max()))
-    compare(scores, labels, lengths, label_lengths, tolerance=2e-3)
+    lengths.clamp_(min=2 * int(label_lengths.max()), max=size[1])
+    tolerance = 2 * float32_error(scores, labels, lengths, label_lengths)
+    compare(scores, labels, lengths, label_lengths, tolerance=tolerance)
     batch = scores.float(), labels, lengths, label_lengths, 0
     first = ctc(*batch, backend="triton")
     for _ in range(20):

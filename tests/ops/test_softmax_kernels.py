@@ -1,4 +1,4 @@
-"""Softmax by Triton equals PyTorch's in float64.
+"""CTC's softmax by Triton equals PyTorch's in float64.
 
 Triton runs on a CUDA device, elsewhere in its interpreter, in a process of its own.
 """
@@ -6,7 +6,7 @@ Triton runs on a CUDA device, elsewhere in its interpreter, in a process of its 
 import pytest
 import torch
 
-from modules.ops import softmax
+from modules.ops import ctc
 from tests.ops.interpreted import (
     DEVICE,
     assert_near,
@@ -20,7 +20,7 @@ from tests.ops.interpreted import (
 @installed
 @outside
 def test_in_the_interpreter():
-    assert run_in_the_interpreter(__file__) >= 10
+    assert run_in_the_interpreter(__file__) >= 17
 
 
 def random_logits(B, T, V, dtype=torch.float32):
@@ -36,8 +36,8 @@ def random_logits(B, T, V, dtype=torch.float32):
 @pytest.mark.parametrize("V", [3, 64, 4096, 5000])
 def test_equals_pytorch_in_double(V, dtype):
     logits, factors = random_logits(2, 3, V, dtype)
-    sums = softmax.normalizers(logits, backend="triton")
-    got = softmax.scaled_softmax(logits, sums, factors, backend="triton")
+    sums = ctc.normalizers(logits, backend="triton")
+    got = ctc.scaled_softmax(logits, sums, factors, backend="triton")
     assert (sums.dtype, got.dtype) == (torch.float32, dtype)
     expected = logits.double().logsumexp(2)
     probabilities = logits.double().softmax(2) * factors.unsqueeze(2)
@@ -52,27 +52,47 @@ def test_large_and_infinite_logits():
     logits[0, 1] += 1e4
     logits[0, 2, ::2] = float("-inf")
     logits[0, 3, 7] = 1e4
-    sums = softmax.normalizers(logits, backend="triton")
+    sums = ctc.normalizers(logits, backend="triton")
     torch.testing.assert_close(sums.double(), logits.double().logsumexp(2), rtol=1e-6, atol=0)
-    got = softmax.scaled_softmax(logits, sums, factors, backend="triton")
+    got = ctc.scaled_softmax(logits, sums, factors, backend="triton")
     expected = logits.double().softmax(2) * factors.unsqueeze(2)
     torch.testing.assert_close(got.double(), expected, rtol=1e-2, atol=1e-7)
+
+
+@runs_kernels
+@pytest.mark.parametrize("V", [70, 5000])
+@pytest.mark.parametrize("value", [float("-inf"), float("inf")])
+def test_sums_of_infinities(V, value):
+    logits, _ = random_logits(1, 2, V)
+    logits[0, 0], logits[0, 1, 5] = value, value
+    sums = ctc.normalizers(logits, backend="triton")
+    torch.testing.assert_close(sums.double(), logits.double().logsumexp(2), rtol=1e-6, atol=0)
+
+
+@runs_kernels
+@pytest.mark.parametrize("top", [-1e4, 1e4, 1e30])
+def test_sums_of_large_logits_are_exact_to_rounding(top):
+    logits, _ = random_logits(2, 8, 5000)
+    sums = ctc.normalizers(logits + top, backend="triton")
+    expected = (logits + top).double().logsumexp(2)
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(sums.double(), expected, rtol=eps, atol=0)
 
 
 @runs_kernels
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nan_stays_unless_the_factor_is_zero(backend):
     logits, factors = random_logits(1, 3, 70)
-    logits[0, :2, 5] = float("nan")
-    sums = softmax.normalizers(logits, backend=backend)
+    logits[0, 0, 5], logits[0, 1] = float("nan"), float("nan")
+    sums = ctc.normalizers(logits, backend=backend)
     assert sums.isnan().tolist() == [[True, True, False]]
-    got = softmax.scaled_softmax(logits, sums, factors, backend=backend)
+    got = ctc.scaled_softmax(logits, sums, factors, backend=backend)
     assert not got[0, 0].any() and got[0, 1].isnan().all() and got[0, 2].isfinite().all()
 
 
 @runs_kernels
 def test_no_rows():
     logits, factors = torch.zeros(0, 3, 5, device=DEVICE), torch.zeros(0, 3, device=DEVICE)
-    sums = softmax.normalizers(logits, backend="triton")
+    sums = ctc.normalizers(logits, backend="triton")
     assert sums.shape == (0, 3)
-    assert softmax.scaled_softmax(logits, sums, factors, backend="triton").shape == (0, 3, 5)
+    assert ctc.scaled_softmax(logits, sums, factors, backend="triton").shape == (0, 3, 5)

@@ -1,23 +1,20 @@
-"""CTC by two Triton kernels, on CUDA devices, which the host need not wait for.
+"""CTC and its softmax by Triton kernels, on CUDA devices, which the host need not wait for.
 
 PyTorch's copies the lengths to the host, where a training step then waits for the forward pass
 before it can launch what is behind it. Here the paths' sums from either end are made at once, by a
-program each, and all frames' posteriors after them; a frame's are added in a fixed order.
+program each, and all frames' posteriors after them; a frame's are added in a fixed order. Of the
+whole vocabulary logits are read and a gradient is written, in their own dtype.
 
 TRITON_INTERPRET=1 (set before triton is imported) runs the kernels on a CPU, for tests.
 """
 
+import math
+
 import torch
 
-from modules.ops import kernels
-from modules.ops.backends import Call
-from modules.ops.kernels import availability  # noqa: F401
+from modules.ops.kernels import availability, interpreting, supports  # noqa: F401
 
-
-def supports(call: Call) -> str:
-    if call.dtype != torch.float32:
-        return f"sums in float32, not in {call.dtype}"
-    return kernels.supports(call)
+COLUMNS = 1024  # of logits, a program's at a time
 
 
 def ctc(scores, labels, lengths, label_lengths, blank, needs_grad):
@@ -44,3 +41,37 @@ def ctc(scores, labels, lengths, label_lengths, blank, needs_grad):
         # One warp, whose sums over states need no shared memory.
         posterior_kernel[(T, B)](*shared, grad, *sizes, STATES=block, num_warps=1, num_stages=1)
     return losses, grad
+
+
+def normalizers(logits):
+    """As `modules.ops.ctc.normalizers`."""
+    from modules.ops.ctc.triton_kernels import normalizers_kernel
+
+    logits = logits.contiguous()
+    out = torch.empty(logits.shape[:2], dtype=torch.float32, device=logits.device)
+    _launch(normalizers_kernel, (out.numel(),), (logits, out))
+    return out
+
+
+def scaled_softmax(logits, normalizers, factors):
+    """As `modules.ops.ctc.scaled_softmax`."""
+    from modules.ops.ctc.triton_kernels import scaled_softmax_kernel
+
+    logits, factors = logits.contiguous(), factors.contiguous()
+    out = torch.empty_like(logits)
+    grid = factors.numel(), -(-logits.shape[2] // COLUMNS)
+    _launch(scaled_softmax_kernel, grid, (logits, normalizers, factors, out))
+    return out
+
+
+def _launch(kernel, grid, tensors):
+    logits, columns = tensors[0], tensors[0].shape[2]
+    if logits.numel() == 0:
+        return
+    # As many neighbours as a thread may load and store at once: rows start at multiples of it.
+    unit = math.gcd(columns, 8)
+    block = min(COLUMNS, max(1 << (columns - 1).bit_length(), 64))
+    with torch.cuda.device_of(logits):
+        kernel[grid](
+            *tensors, columns // unit, UNIT=unit, COLUMNS=block, num_warps=max(block // 256, 1)
+        )

@@ -1,4 +1,6 @@
-"""Triton kernels of CTC. State 2 i is the blank before label i, state 2 i + 1 that label.
+"""Triton kernels of CTC, and over the rows (V,) of logits.
+
+State 2 i is the blank before label i, state 2 i + 1 that label.
 
 Seen from its end an utterance is another one, with frames and labels in reverse order; so one
 kernel adds up the paths from either end, and `sums` (B, 2, T, states) holds what it finds, each in
@@ -11,6 +13,7 @@ import triton.language as tl
 # The logarithm of no path. Finite, since inf less inf is NaN; what is beyond LEAST has no path.
 NONE = tl.constexpr(-1e30)
 LEAST = tl.constexpr(-1e29)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -102,3 +105,41 @@ def posterior_kernel(
         here = tl.sum(tl.where(column == c, posterior, 0.0), axis=0)
         probability = tl.exp(tl.load(scores + row + c))
         tl.store(grad + row + c, tl.where(counts, probability - here, 0.0))
+
+
+@triton.jit
+def normalizers_kernel(logits, out, units, UNIT: tl.constexpr, COLUMNS: tl.constexpr):
+    """The logarithm of a row's sum of exponentials, one program a row of units * UNIT columns."""
+    columns = units * UNIT
+    row = tl.program_id(0).to(tl.int64) * columns
+    column = tl.arange(0, COLUMNS)
+    top = tl.full((COLUMNS,), float("-inf"), tl.float32)
+    for first in range(0, columns, COLUMNS):
+        mask = first + column < columns
+        x = tl.load(logits + row + first + column, mask=mask, other=float("-inf"))
+        top = tl.maximum(top, x.to(tl.float32))
+    highest = tl.max(top, axis=0)
+    # Infinity less infinity would be NaN.
+    highest = tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, columns, COLUMNS):  # from the cache
+        mask = first + column < columns
+        x = tl.load(logits + row + first + column, mask=mask, other=float("-inf"))
+        total += tl.exp2(tl.fma(x.to(tl.float32), LOG2E, -highest * LOG2E))
+    tl.store(out + tl.program_id(0), highest + tl.log(tl.sum(total, axis=0)))
+
+
+@triton.jit
+def scaled_softmax_kernel(
+    logits, normalizers, factors, out, units, UNIT: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Softmax times the row's factor, one program a row and block of columns."""
+    columns = units * UNIT
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = column < columns
+    factor = tl.load(factors + row)
+    x = tl.load(logits + row * columns + column, mask=mask, other=0.0).to(tl.float32)
+    value = tl.exp(x - tl.load(normalizers + row)) * factor
+    value = tl.where(factor == 0, 0.0, value)
+    tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=mask)
