@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from modules import graphs
+from modules.casting import with_weights_cast
 from modules.compilation import compile_layers
 from modules.encoder import Encoder
 from modules.encoder_layer import DropPath
@@ -72,6 +73,54 @@ def test_graphs_learn_what_autograd_learns(bf16):
         for module in (ours, theirs):
             module.zero_grad(set_to_none=True)
     assert len(run.graphs) == 2  # the third shape came once
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_step_of_one_batch_learns_what_added_gradients_would(bf16, compiled):
+    """With a weight behind the network, and after gradients that are NaN."""
+    gradients = []
+    for accumulate in (True, False):
+        encoder, head = make_encoder(), nn.Parameter(torch.ones(32, device="cuda"))
+        if compiled:
+            compile_layers(encoder)
+        both = nn.ModuleList([encoder, nn.ParameterList([head])])
+        network = with_weights_cast(encoder, nn.ModuleList([encoder]))
+        run = graphs.TrainingGraphs(network, both.parameters(), accumulate=accumulate)
+
+        def to_the_head(*inputs, run=run, head=head):
+            y, lengths = run(*inputs)
+            return y * head, lengths
+
+        for i in range(len(SHAPES)):
+            learn(both, to_the_head, i, enabled=bf16)
+            if run.attached():
+                gradients.append(run.flat.clone())
+                run.flat.mul_(torch.nan)
+            both.zero_grad(set_to_none=True)
+        assert len(run.graphs) == 2
+    count = len(gradients) // 2
+    assert count == 5
+    for added, written in zip(gradients[:count], gradients[count:], strict=True):
+        assert added.any()
+        # Alike but for kernels that add in no fixed order.
+        rtol, atol = (1e-2, 1e-3) if bf16 else (1e-4, 1e-5)
+        torch.testing.assert_close(written, added, rtol=rtol, atol=atol * added.abs().max().item())
+
+
+def test_a_discarded_batch_that_is_a_step_has_gradients_of_zero():
+    encoder = make_encoder()
+    run = graphs.TrainingGraphs(encoder, encoder.parameters(), accumulate=False)
+    for i in (0, 2, 4):
+        learn(encoder, run, i, enabled=False)
+        encoder.zero_grad(set_to_none=True)
+    assert run.flat.any()
+    x, lengths, _ = batch(SHAPES[5], 5)
+    y, _ = run(x * torch.nan, lengths)
+    run.discard = True
+    y.sum().backward()
+    assert run.attached()
+    assert not run.flat.any()
 
 
 class Dropping(nn.Module):
