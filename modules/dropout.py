@@ -28,10 +28,26 @@ def keep(x, p):
     and the second. It begins and ends with x ^ x >> 16. Between the two these cancel but for a
     change of the second number, as random after it; the last would change lower bits alone.
     """
-    first, second = torch.randint(-(2**31), 2**31 - 1, (2, 1), device=x.device, dtype=torch.int32)
+    first, second = draw_keys(x)
     number = torch.arange(x.numel(), device=x.device, dtype=torch.int32) ^ first
     number = number ^ (number >> 16 & 0xFFFF)
     return (scramble(scramble(number) ^ second) >= int(2**32 * p) - 2**31).view(x.shape)
+
+
+@torch.library.custom_op(
+    "mamba_asr::dropout_keys", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def draw_keys(x: torch.Tensor) -> torch.Tensor:
+    """Two random numbers on x's device, (2, 1) int32: an operator that Inductor cannot look into.
+
+    It drew them anew for every element, in the kernel that hashes them.
+    """
+    return torch.randint(-(2**31), 2**31 - 1, (2, 1), device=x.device, dtype=torch.int32)
+
+
+@draw_keys.register_fake
+def _(x):
+    return x.new_empty(2, 1, dtype=torch.int32)
 
 
 def scramble(x):
