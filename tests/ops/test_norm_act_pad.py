@@ -112,7 +112,15 @@ def test_nothing_is_spilled():
     from modules.ops.norm_act_pad.triton_kernels import backward_kernel, forward_kernel
 
     pointers = {"keys": "i32", "out": "bf16", "dout": "bf16", "dx": "bf16", "x": "bf16"}
-    constants = {"BINS": 40, "CHANNELS": 64, "REACH": 1, "WIDTH": 4096, "DROPS": True, "ROWS": 8}
+    constants = {
+        "BINS": 40,
+        "CHANNELS": 64,
+        "REACH": 1,
+        "WIDTH": 4096,
+        "DROPS": True,
+        "BIN": 64,
+        "ROWS": 8,
+    }
     constants |= {"slope": 0.01, "threshold": 0, "scale": 2.0, "eps": 1e-5}
     for kernel in (forward_kernel, backward_kernel):
         _, spilled, _ = compile_kernel(kernel, "bf16", constants, 8, **pointers)

@@ -29,7 +29,8 @@ class NormActPad(torch.autograd.Function):
             # Triton launches on the current device, whatever the tensors' own.
             with torch.cuda.device_of(x):
                 grid = -(-out.shape[1] // ROWS), B
-                forward_kernel[grid](*shared, out, *numbers, eps, ROWS=ROWS, **sizes)
+                block = max(1 << (C - 1).bit_length(), 16)
+                forward_kernel[grid](*shared, out, *numbers, eps, BIN=block, ROWS=ROWS, **sizes)
         ctx.save_for_backward(*shared)
         ctx.numbers, ctx.sizes = numbers, sizes
         return out

@@ -23,19 +23,18 @@ def kept(keys, row, e, threshold, SIZE: tl.constexpr):
 
 
 @triton.jit
-def padded_bins(e, mask, BINS: tl.constexpr, CHANNELS: tl.constexpr, REACH: tl.constexpr):
-    """Where element e of a row lies in a padded one, and its mirror images with their masks."""
-    f = e // CHANNELS
-    c = e % CHANNELS
-    low = mask & (f >= 1) & (f <= REACH)
-    high = mask & (f >= BINS - 1 - REACH) & (f <= BINS - 2)
-    return (
-        (f + REACH) * CHANNELS + c,
-        (REACH - f) * CHANNELS + c,
-        low,
-        (REACH + 2 * BINS - 2 - f) * CHANNELS + c,
-        high,
-    )
+def ending(
+    value, row, e, mask, weight, bias, keys, mean, deviation, slope, threshold, scale,
+    SIZE: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """What becomes of elements e of a row."""
+    w = tl.load(weight + e, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(bias + e, mask=mask, other=0.0).to(tl.float32)
+    y = (value - mean) * deviation * w + shift
+    y = tl.where(y > 0, y, y * slope)
+    if DROPS:
+        y = tl.where(kept(keys, row, e, threshold, SIZE), y * scale, 0.0)
+    return y
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -43,7 +42,7 @@ def forward_kernel(
     x, weight, bias, lengths, keys, stats, out,
     frames, utterances, slope, threshold, scale, eps,
     BINS: tl.constexpr, CHANNELS: tl.constexpr, REACH: tl.constexpr, WIDTH: tl.constexpr,
-    DROPS: tl.constexpr, ROWS: tl.constexpr,
+    DROPS: tl.constexpr, BIN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS frames of the result, each from the frame that it repeats."""
     SIZE: tl.constexpr = BINS * CHANNELS
@@ -52,13 +51,10 @@ def forward_kernel(
     last = tl.maximum(length - 1, 0)
     e = tl.arange(0, WIDTH)
     mask = e < SIZE
-    w = tl.load(weight + e, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.load(bias + e, mask=mask, other=0.0).to(tl.float32)
-    place, low_place, low, high_place, high = padded_bins(e, mask, BINS, CHANNELS, REACH)
+    c = tl.arange(0, BIN)
     padded = frames + 2 * REACH
-    first = tl.program_id(0) * ROWS
     for k in range(ROWS):
-        p = first + k
+        p = tl.program_id(0) * ROWS + k
         here = p < padded
         t = p - REACH
         t = tl.where(p < REACH, tl.minimum(REACH - p, last), t)
@@ -67,30 +63,43 @@ def forward_kernel(
         row = b * frames + t
         value = tl.load(x + row * SIZE + e, mask=mask & inside, other=0.0).to(tl.float32)
         mean = tl.sum(value, axis=0) / SIZE
-        value = tl.where(mask, value - mean, 0.0)
-        deviation = tl.rsqrt(tl.sum(value * value, axis=0) / SIZE + eps)
+        centred = tl.where(mask, value - mean, 0.0)
+        deviation = tl.rsqrt(tl.sum(centred * centred, axis=0) / SIZE + eps)
         own = inside & (p == t + REACH)
         tl.store(stats + row, mean, mask=own)
         tl.store(stats + utterances * frames + row, deviation, mask=own)
-        y = value * deviation * w + shift
-        y = tl.where(y > 0, y, y * slope)
-        if DROPS:
-            y = tl.where(kept(keys, row, e, threshold, SIZE), y * scale, 0.0)
+        numbers = (weight, bias, keys, mean, deviation, slope, threshold, scale)
+        y = ending(value, row, e, mask, *numbers, SIZE, DROPS)
         y = tl.where(inside, y, 0.0).to(out.dtype.element_ty)
         target = out + (b * padded + p) * ((BINS + 2 * REACH) * CHANNELS)
-        tl.store(target + place, y, mask=mask & here)
-        if REACH > 0:
-            tl.store(target + low_place, y, mask=low & here)
-            tl.store(target + high_place, y, mask=high & here)
+        tl.store(target + REACH * CHANNELS + e, y, mask=mask & here)
+        # The bins that mirror others, a few: these are made again.
+        for i in tl.static_range(REACH):
+            for high in tl.static_range(2):
+                bin = (BINS - 2 - i) if high else (i + 1)
+                image = (REACH + BINS + i) if high else (REACH - 1 - i)
+                e_bin = bin * CHANNELS + c
+                inner = c < CHANNELS
+                value = tl.load(x + row * SIZE + e_bin, mask=inner & inside, other=0.0)
+                y = ending(value.to(tl.float32), row, e_bin, inner, *numbers, SIZE, DROPS)
+                y = tl.where(inside, y, 0.0).to(out.dtype.element_ty)
+                tl.store(target + image * CHANNELS + c, y, mask=inner & here)
 
 
 @triton.jit
-def load_gradient(row, place, mask, low_place, low, high_place, high, wanted, REACH: tl.constexpr):
+def load_gradient(
+    row, e, mask, wanted, BINS: tl.constexpr, CHANNELS: tl.constexpr, REACH: tl.constexpr
+):
     """The gradient of a padded frame, of an element and its images; zero unless wanted."""
-    g = tl.load(row + place, mask=mask & wanted, other=0.0).to(tl.float32)
+    g = tl.load(row + REACH * CHANNELS + e, mask=mask & wanted, other=0.0).to(tl.float32)
     if REACH > 0:
-        g += tl.load(row + low_place, mask=low & wanted, other=0.0).to(tl.float32)
-        g += tl.load(row + high_place, mask=high & wanted, other=0.0).to(tl.float32)
+        f = e // CHANNELS
+        mirrored = row + (e - 2 * CHANNELS * f)
+        low = mask & wanted & (f >= 1) & (f <= REACH)
+        g += tl.load(mirrored + REACH * CHANNELS, mask=low, other=0.0).to(tl.float32)
+        high = mask & wanted & (f >= BINS - 1 - REACH) & (f <= BINS - 2)
+        place: tl.constexpr = (REACH + 2 * BINS - 2) * CHANNELS
+        g += tl.load(mirrored + place, mask=high, other=0.0).to(tl.float32)
     return g
 
 
@@ -105,9 +114,6 @@ def backward_kernel(
     SIZE: tl.constexpr = BINS * CHANNELS
     e = tl.arange(0, WIDTH)
     mask = e < SIZE
-    w = tl.load(weight + e, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.load(bias + e, mask=mask, other=0.0).to(tl.float32)
-    place, low_place, low, high_place, high = padded_bins(e, mask, BINS, CHANNELS, REACH)
     dw = tl.zeros((WIDTH,), tl.float32)
     db = tl.zeros((WIDTH,), tl.float32)
     row = tl.program_id(0).to(tl.int64)
@@ -121,28 +127,28 @@ def backward_kernel(
         start = b * (frames + 2 * REACH)
         stride: tl.constexpr = (BINS + 2 * REACH) * CHANNELS
         g = load_gradient(
-            dout + (start + t + REACH) * stride,
-            place, mask, low_place, low, high_place, high, inside, REACH,
-        )  # fmt: skip
+            dout + (start + t + REACH) * stride, e, mask, inside, BINS, CHANNELS, REACH
+        )
         for k in tl.static_range(REACH):
             before = inside & (tl.minimum(k + 1, last) == t)
             if before:
                 g += load_gradient(
-                    dout + (start + REACH - 1 - k) * stride,
-                    place, mask, low_place, low, high_place, high, before, REACH,
-                )  # fmt: skip
+                    dout + (start + REACH - 1 - k) * stride, e, mask, before, BINS, CHANNELS, REACH
+                )
             after = inside & (tl.maximum(last - 1 - k, 0) == t)
             if after:
                 g += load_gradient(
                     dout + (start + REACH + length + k) * stride,
-                    place, mask, low_place, low, high_place, high, after, REACH,
-                )  # fmt: skip
+                    *(e, mask, after, BINS, CHANNELS, REACH),
+                )
         mean = tl.load(stats + row, mask=inside, other=0.0)
         deviation = tl.load(stats + utterances * frames + row, mask=inside, other=0.0)
         value = tl.load(x + row * SIZE + e, mask=mask & inside, other=0.0).to(tl.float32)
         value = tl.where(mask & inside, (value - mean) * deviation, 0.0)
         if DROPS:
             g = tl.where(kept(keys, row, e, threshold, SIZE), g * scale, 0.0)
+        w = tl.load(weight + e, mask=mask, other=0.0).to(tl.float32)
+        shift = tl.load(bias + e, mask=mask, other=0.0).to(tl.float32)
         g = tl.where(value * w + shift > 0, g, g * slope)
         dw += g * value
         db += g
