@@ -8,7 +8,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 ROWS = 8  # frames of a program forward, which reads the weights once for all of them
-PROGRAMS = 528  # backward, four for each of an H100's multiprocessors; each adds up its gradients
+PROGRAMS = 264  # backward, two for each of an H100's multiprocessors; each adds up its gradients
+REGISTERS = 128  # a thread, as many as let two programs run there at a time
 
 
 class NormActPad(torch.autograd.Function):
@@ -46,7 +47,9 @@ class NormActPad(torch.autograd.Function):
         if x.numel():
             with torch.cuda.device_of(x):
                 backward_kernel[(programs,)](
-                    *shared, dout.contiguous(), dx, sums, *ctx.numbers, **ctx.sizes
+                    *(*shared, dout.contiguous(), dx, sums, *ctx.numbers),
+                    **ctx.sizes,
+                    maxnreg=REGISTERS,
                 )
         dweight, dbias = sums.sum(0).to(weight.dtype)
         return dx, dweight, dbias, *[None] * 5
