@@ -212,13 +212,13 @@ class BiMamba(nn.Module):
         )
         x_proj, dt_proj = self._projections()
         rank, states = dt_proj.shape[2], self.forward_ssm.d_state
-        flat = x.flatten(1, 2)  # (2, B T, d_inner): both directions in one product
+        shape = x.shape[:2]  # (2, B): both directions in one product
         dt, B, C = (
-            torch.bmm(flat, x_proj.transpose(1, 2))
-            .unflatten(1, x.shape[1:3])
+            torch.bmm(x.flatten(0, 1), for_each_utterance(x_proj, x))
+            .unflatten(0, shape)
             .split([rank, states, states], dim=-1)
         )
-        dt = torch.bmm(dt.flatten(1, 2), dt_proj.transpose(1, 2))
+        dt = torch.bmm(dt.flatten(0, 1), for_each_utterance(dt_proj, x))
         y = bidirectional_scan(
             x,
             dt.view_as(x),
@@ -254,6 +254,15 @@ class BiMamba(nn.Module):
     def _both(self, name):
         """A parameter of both directions, stacked."""
         return torch.stack([*map(attrgetter(name), (self.forward_ssm, self.backward_ssm))])
+
+
+def for_each_utterance(weight, x):
+    """Weights (2, R, D) of both directions -> (2 B, D, R), for x (2, B, T, D).
+
+    Their gradient is one small product an utterance, then, and a sum. Over all frames at once it
+    has few numbers and a long way to each, which leaves most of a GPU without work.
+    """
+    return weight.transpose(1, 2).unsqueeze(1).expand(-1, x.shape[1], -1, -1).flatten(0, 1)
 
 
 def run_in_chunks(forward, backward, x_forward, x_backward, lengths, state, chunk):

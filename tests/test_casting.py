@@ -55,7 +55,9 @@ def assert_same(module, network, inputs, rtol=0.0):
 def test_an_encoder_learns_the_same(mixer):
     encoder = make_encoder(mixer)
     x = torch.randn(2, 40, 20)
-    assert_same(encoder, lambda x: encoder(x, LENGTHS)[0], [x])
+    # BiMamba's projections have a gradient for each utterance, which are added.
+    rtol = 1e-2 if mixer is BiMamba else 0.0
+    assert_same(encoder, lambda x: encoder(x, LENGTHS)[0], [x], rtol)
 
 
 @pytest.mark.parametrize(
