@@ -46,6 +46,7 @@ def assert_near(got, expected, tolerance):
 ROWS = {"u", "dt", "x", "y", "z", "out"}  # and their gradients: in the dtype of the model
 NUMBERS = {"frames", "piece_frames", "tile", "utterances", "reverse_from", "states", "words"}
 NUMBERS |= {"columns", "most", "blank"}  # of CTC
+NUMBERS |= {"rows"}  # of partial sums
 
 
 def compile_kernel(kernel, dtype, constants, warps, registers=None, **pointers):
@@ -64,7 +65,7 @@ def compile_kernel(kernel, dtype, constants, warps, registers=None, **pointers):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        number = name in NUMBERS | {"channels"} or re.fullmatch(r"\w+_[bdgt]", name)
+        number = name in NUMBERS | {"channels"} or re.fullmatch(r"\w+_[bdgrt]", name)
         signature[name] = "i32" if number else f"*{pointers.get(name, 'fp32')}"
         if name not in NUMBERS:
             attributes[(i,)] = [["tt.divisibility", 16]]

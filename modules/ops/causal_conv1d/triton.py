@@ -14,6 +14,7 @@ from modules.ops import kernels
 from modules.ops.backends import OK, Call
 from modules.ops.kernels import availability, dense_rows, interpreting  # noqa: F401
 from modules.ops.operator import Operator
+from modules.ops.parameter_sums import parameter_sums
 
 CHANNELS = 128  # a program's, two a thread: a warp reads 128 bytes of bf16 at once
 CHUNK = 4  # frames loaded ahead
@@ -96,14 +97,8 @@ def _backward(gradients, args, kept):
         (tiles, batch),
         **{"FORWARD": forward, "REVERSE": reverse, "SILU": silu, "WIDTH": width},
     )
-    total = partial.sum(0)
-    # No two gradients may share memory.
-    dweights = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    dweights.copy_(total[:, :width].transpose(1, 2))
-    if biases is None:
-        return [dx, dweights]
-    dbiases = torch.empty_like(biases, memory_format=torch.contiguous_format)
-    return [dx, dweights, dbiases.copy_(total[:, width])]
+    dweights, dbiases, _ = parameter_sums(partial.transpose(0, 1), weights, biases)
+    return [dx, dweights] if biases is None else [dx, dweights, dbiases]
 
 
 _operator = Operator(

@@ -14,6 +14,7 @@ from modules.ops import kernels
 from modules.ops.backends import OK, Call
 from modules.ops.kernels import availability, dense_rows, interpreting  # noqa: F401
 from modules.ops.operator import Operator
+from modules.ops.parameter_sums import parameter_sums
 
 WIDEST = 63
 CHANNELS = 64  # a program's, one a thread: K taps, K inputs and K sums of each fill its registers
@@ -71,16 +72,8 @@ def _backward(gradients, args, kept):
     partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     strides = (*x.stride()[:2], *dy.stride()[:2])
     _launch(backward_kernel, (x, taps, lengths.contiguous(), dy, dx, partial), strides, plan)
-    total = partial.sum(0)
-    # No two gradients may share memory.
-    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device).copy_(total[:-1].t())
-    if bias is None:
-        return [dx, dweight]
-    return [
-        dx,
-        dweight,
-        torch.empty(bias.shape, dtype=bias.dtype, device=x.device).copy_(total[-1]),
-    ]
+    dweight, dbias, _ = parameter_sums(partial[None], weight, bias)
+    return [dx, dweight] if bias is None else [dx, dweight, dbias]
 
 
 _operator = Operator(

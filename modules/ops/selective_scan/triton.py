@@ -19,6 +19,7 @@ import torch
 
 from modules.ops.kernels import availability, dense_rows, interpreting, supports  # noqa: F401
 from modules.ops.operator import Operator
+from modules.ops.parameter_sums import parameter_sums
 
 CHANNELS = 32  # a program's
 STATES = 16  # a program's at most: more do not fit its registers
@@ -168,11 +169,7 @@ def _backward(gradients, args, kept):
     options = {"strided": (u, dt, z, dy), "CHUNK": CHUNK, "SEGMENT": SEGMENT}
     launch(backward_kernel, (*inputs, du, ddt, dz, dBC, dparameters, first), **options)
     launch.sum_blocks(dBC, dB, dC)
-    # No two gradients may share memory.
-    dA, dD, dbias = dparameters.sum((1, 2)).split([states, 1, 1], dim=1)
-    dA = dA.transpose(1, 2).to(A.dtype, copy=True, memory_format=torch.contiguous_format)
-    dD = None if D is None else dD.squeeze(1).to(D.dtype, copy=True).contiguous()
-    dbias = None if dt_bias is None else dbias.squeeze(1).to(dt_bias.dtype, copy=True).contiguous()
+    dA, dD, dbias = parameter_sums(dparameters.flatten(1, 2), A, D, dt_bias)
     given = (du, ddt, dA, dB, dC, dD, dz, dbias, dinitial)
     return [x for x in given if x is not None]
 
