@@ -54,6 +54,16 @@ def test_a_recipe_that_lacks_a_part(capfd, monkeypatch, tmp_path, gone, message)
     assert message in err
 
 
+def test_evaluating_by_a_recipe_of_before_there_was_skip_train(capfd, monkeypatch, tmp_path):
+    path, *options = runs.arguments(CTC, tmp_path / "run")
+    text = Path(path).read_text()
+    (tmp_path / "a.yaml").write_text(text.replace("skip_train: False\n", ""))
+    argv = [tmp_path / "a.yaml", *options, "--test_only"]
+    status, out, err = call(capfd, monkeypatch, "CTC", argv)
+    assert status == 2 and "Traceback" not in out + err
+    assert "a.yaml lacks the key skip_train, which --test_only sets to True; add the line" in err
+
+
 def test_missing_attributes_are_told_and_can_be_asked_for():
     hparams = Attributes(Keys("a.yaml", {"seed": 1}))
     assert hparams.seed == 1 and vars(hparams) == {"seed": 1}
