@@ -105,6 +105,17 @@ def test_yaml_must_come_first(capfd, monkeypatch):
         ),
         (["--encoder", "{mixer: !name:modules.mamba.Mamba {x: 1}}"], "argument 'x'"),
         (["--encoder", "{mixer: !name:modules.mamba.Mamba x}"], "is no YAML; an example is {a: !"),
+        (
+            ["--encoder", "{mixer: !new:modules.mamba.Mamba {}}"],
+            "encoder.mixer=!new:modules.mamba.Mamba makes an object, where a factory is expected; "
+            "write !name:modules.mamba.Mamba",
+        ),
+        (["--activation", "!new:torch.nn.SiLU"], "expected; write !name:torch.nn.SiLU"),
+        (
+            ["--encoder", "!new:modules.encoder.Encoder {activation: !new:torch.nn.SiLU {}}"],
+            "encoder.activation=!new:torch.nn.SiLU makes",
+        ),
+        (["--frontend", "!name:torch.nn.Linear {}"], "makes a factory, where an object is exp"),
         (["--encoder", "{mixer: !apply:os.getcwd []}"], "is no YAML"),
         (["--d_model", "!name:modules.mamba.Mamba {}"], "must be a number, as its default 80"),
         (["--encoder", "{num_layers: 0}"], "yaml: encoder: num_layers=0 must be at least 1"),
