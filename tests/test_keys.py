@@ -9,7 +9,9 @@ from modules.errors import UserError
 from modules.keys import Attributes, Keys
 from modules.options import load
 from tests.recipes import runs
-from tests.test_command_line import CTC, call
+from tests.recipes.mistakes import call
+
+CTC = "CTC/conmamba_tiny.yaml"
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a", "", "a: !ref <b>"])
