@@ -30,6 +30,9 @@ examples:
 RUN is a training's output folder. Its development set is encoded once, by the weights that the test
 stage evaluates, and searched once for each combination. Nothing in RUN is changed. Test sets are
 refused: weights that were chosen on them make their error rates mean nothing.
+
+RUN must be your own, or of somebody you trust: its hyperparams.yaml can run any code, as it does
+when it is given to a training script (docs/untrusted.md).
 """
 
 

@@ -92,14 +92,27 @@ def model_facts(config, model, commit):
     facts["parameters"] = f"{weights / 1e6:.3f} M"
     tokens = parts["ctc_head"]["out_features"]
     facts["tokens"] = f"{tokens}, {short(parts['tokenizer']['new'])}"
-    settings = {k: v for k, v in search.items() if isinstance(v, int | float)}
-    shown = ", ".join(f"{k} {v}" for k, v in settings.items())
-    facts["search"] = f"{short(search['new'])}: {shown}"
-    neural = "yes" if "language_model" in parts else "none"
-    facts["language model"] = "word n-gram" if "ngram" in config else neural
+    settings = {k: v for k, v in search.items() if isinstance(v, int | float) and k != "beta"}
+    facts["search"] = f"{short(search['new'])}: {listed(settings)}"
+    facts["language model"] = language_model_fact(config)
     facts["sampling rate"] = f"{config['sample_rate']} Hz; other rates are resampled"
     facts["code"] = f"commit {commit}" if commit else "commit unknown"
     return facts
+
+
+def language_model_fact(config):
+    """What the package holds, with its weights: those tuned for one that it lacks are not used."""
+    parts, weight = config["parts"], {"weight": config.get("lm_weight")}
+    if "ngram" in config:
+        bonus = {"beta": parts["search"]["beta"]} if "beta" in parts["search"] else {}
+        return f"word n-gram: {listed(weight | bonus)}"
+    if node := parts.get("language_model"):
+        return f"{short(node['factory'])}: {listed(weight)}"
+    return "none"
+
+
+def listed(settings):
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def short(name):

@@ -122,6 +122,11 @@ def start(argv):
         sys.exit(0)
     run_opts, overrides = read_options(argv, defaults)
     if run_opts.test_only:
+        if "skip_train" not in defaults:
+            raise UserError(
+                f"{path} lacks the key skip_train, which --test_only sets to True; add the line "
+                "skip_train: False"
+            )
         overrides["skip_train"] = True
     run_opts = choose_device(run_opts)
     limit_fft_plans(run_opts.device)

@@ -54,7 +54,10 @@ for tag in TAGS:
 
 
 class Wiring:
-    """Stands for the value of a key that makes an object."""
+    """Stands for the value of a key that makes an object: the file's node."""
+
+    def __init__(self, node):
+        self.node = node
 
 
 # SpeechBrain's run options that matter to users; the others work too.
@@ -111,7 +114,7 @@ def top_level(path, overrides=None):
     values = Keys(path, {})
     for key, node in root.value:
         plain = is_plain(node)
-        values[key.value] = loader.construct_object(node, deep=True) if plain else Wiring
+        values[key.value] = loader.construct_object(node, deep=True) if plain else Wiring(node)
     return values
 
 
@@ -193,15 +196,17 @@ def read_value(key, text, default):
     try:
         value = yaml.load(text, ValueLoader)
     except yaml.YAMLError:
-        example = "{a: !name:package.Class {}}" if default is Wiring else f"its default {default}"
+        makes = isinstance(default, Wiring)
+        example = "{a: !name:package.Class {}}" if makes else f"its default {default}"
         raise UserError(f"{key}={text!r} is no YAML; an example is {example}") from None
-    if default is Wiring:
+    if isinstance(default, Wiring):
         if not isinstance(value, dict | Maker):
             raise UserError(
                 f"{key}={text!r}: {key} makes an object; give its arguments as "
                 f'--{key} "{{name: value}}", or another class with all of its own, by the tag '
                 "that the file has (docs/configuration.md)"
             )
+        check_tags(key, value, default.node)
     elif isinstance(default, dict):
         if value is not None and not isinstance(value, dict):
             raise UserError(
@@ -225,6 +230,23 @@ def read_value(key, text, default):
     return value
 
 
+def check_tags(key, value, node):
+    """UserError for a value's !new: where the file's node has !name:, or the other way round."""
+    if isinstance(value, Maker):
+        given, wanted = (re.match("!new:|!name:|", tag)[0] for tag in (value.name, node.tag))
+        if wanted and given != wanted:
+            kinds = {"!new:": "an object", "!name:": "a factory"}
+            raise UserError(
+                f"{key}={value.name} makes {kinds[given]}, where {kinds[wanted]} is expected; "
+                f"write {wanted}{value.name.removeprefix(given)}"
+            )
+        # Another class's arguments are its own.
+        value = value.arguments if value.name == node.tag else {}
+    if isinstance(value, dict) and isinstance(node, yaml.MappingNode):
+        for name, below in node.value:
+            check_tags(f"{key}.{name.value}", value.get(name.value), below)
+
+
 def is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -241,7 +263,7 @@ def describe(path, defaults):
     """The keys of one YAML file with defaults, and SpeechBrain's run options."""
     lines = [f"Keys of {path} and their defaults (docs/configuration.md explains each):\n"]
     for key, value in defaults.items():
-        if value is not Wiring:
+        if not isinstance(value, Wiring):
             lines.append(f"  --{key:<28} {value}")
     lines.append("\nRun options:\n")
     lines += [f"  --{name:<28} {HELP[name]}" for name in SHOWN_OPTIONS.split()]

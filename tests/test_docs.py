@@ -33,7 +33,7 @@ def keys():
     found = {}
     for path in YAML_FILES:
         for key, value in top_level(path).items():
-            found[key] = found.get(key, False) or value is not Wiring
+            found[key] = found.get(key, False) or not isinstance(value, Wiring)
     return found
 
 

@@ -9,7 +9,9 @@ from modules.errors import UserError
 from modules.keys import Attributes, Keys
 from modules.options import load
 from tests.recipes import runs
-from tests.test_command_line import CTC, call
+from tests.recipes.mistakes import call
+
+CTC = "CTC/conmamba_tiny.yaml"
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a", "", "a: !ref <b>"])
@@ -52,6 +54,16 @@ def test_a_recipe_that_lacks_a_part(capfd, monkeypatch, tmp_path, gone, message)
     status, out, err = call(capfd, monkeypatch, "CTC", [tmp_path / "a.yaml", *options])
     assert status == 2 and "Traceback" not in out + err
     assert message in err
+
+
+def test_evaluating_by_a_recipe_of_before_there_was_skip_train(capfd, monkeypatch, tmp_path):
+    path, *options = runs.arguments(CTC, tmp_path / "run")
+    text = Path(path).read_text()
+    (tmp_path / "a.yaml").write_text(text.replace("skip_train: False\n", ""))
+    argv = [tmp_path / "a.yaml", *options, "--test_only"]
+    status, out, err = call(capfd, monkeypatch, "CTC", argv)
+    assert status == 2 and "Traceback" not in out + err
+    assert "a.yaml lacks the key skip_train, which --test_only sets to True; add the line" in err
 
 
 def test_missing_attributes_are_told_and_can_be_asked_for():

@@ -176,6 +176,7 @@ def test_the_language_model_goes_along(s2s, tmp_path):
         **options,
     )
     folder = package(tmp_path / "run", tmp_path / "lm")
+    assert "| language model | TransformerLM: weight 3.0 |" in (folder / "README.md").read_text()
     recognizer = Recognizer.from_folder(folder, device="cpu")
     paths, expected = recordings(run), hypotheses(tmp_path / "run")
     assert expected != hypotheses(run)
@@ -184,6 +185,7 @@ def test_the_language_model_goes_along(s2s, tmp_path):
     foreign = EncoderDecoderASR.from_hparams(source=folder, run_opts={"device": "cpu"})
     assert {name: foreign.transcribe_file(path) for name, path in paths.items()} == expected
     without = package(tmp_path / "run", tmp_path / "without", use_lm=False)
+    assert "| language model | none |" in (without / "README.md").read_text()
     found = Recognizer.from_folder(without, device="cpu").transcribe(list(paths.values()))
     assert dict(zip(paths, [t.text for t in found], strict=True)) == hypotheses(run)
 

@@ -12,6 +12,7 @@ import torch
 from speechbrain.utils.checkpoints import Checkpointer as PlainCheckpointer
 
 import package as package_script
+import tune
 from inference import Recognizer
 from inference.package import package
 from inference.resolved import Resolved, configuration
@@ -278,3 +279,13 @@ def test_a_recipe_runs_code_even_for_its_help(tmp_path):
     top_level(path)  # what --help reads
     assert (tmp_path / "evil").exists()
     assert "A YAML file can run any code, even for its --help" in runs.launch.HELP
+
+
+def test_tuning_runs_code_of_the_runs_hyperparams(copied, tmp_path):
+    """As docs/untrusted.md and the help say."""
+    path = copied[0] / "hyperparams.yaml"
+    path.write_text(f"{path.read_text()}\nx: !applyref:os.system [touch {tmp_path / 'evil'}]\n")
+    with runs.own_logging():
+        tune.load(copied[0], "cpu")
+    assert (tmp_path / "evil").exists()
+    assert "RUN must be your own, or of somebody you trust" in tune.parser().format_help()

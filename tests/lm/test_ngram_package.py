@@ -42,7 +42,8 @@ def test_the_package_transcribes_as_the_test_stage(run, tmp_path):
     folder, arpa = run
     made = package(folder, tmp_path / "package")
     assert (made / "n-gram.arpa").read_bytes() == arpa.read_bytes()
-    assert "| language model | word n-gram |" in (made / "README.md").read_text()
+    card = (made / "README.md").read_text()
+    assert "| language model | word n-gram: weight 4.0, beta 0.5 |" in card
     # From the hub comes all but what could be run, and the licence.
     left = {path.name for path in made.iterdir()} - set(FILES)
     assert left == {"src", "interface.py", "hyperparams.yaml", "LICENSE"}
@@ -75,6 +76,8 @@ def test_what_cannot_be_packaged(run, tmp_path):
         with pytest.raises(UserError, match=message):
             package(copied, tmp_path / "package")
     without = package(copied, tmp_path / "without", use_lm=False)
+    card = (without / "README.md").read_text()
+    assert "| language model | none |" in card and "beta" not in card and "weight 4" not in card
     assert Recognizer.from_folder(without, device="cpu").search.searcher is None
     for option in ("lm_weight", "word_bonus"):
         with pytest.raises(UserError, match=f"{option}=2.0 is a language model's, and the package"):
