@@ -82,7 +82,8 @@ def test_compiled_dropout_drops_the_gradient_of_what_it_drops(dtype):
         assert (kept.double().mean() - 0.9).abs() < 0.01
         torch.testing.assert_close(y, whole * kept, rtol=1e-2, atol=1e-2)
         (theirs,) = torch.autograd.grad((whole * kept).sum(), x)
-        torch.testing.assert_close(gradient, theirs, rtol=2e-2, atol=2e-2)
+        told = whole != 0  # a kept zero looks dropped
+        torch.testing.assert_close(gradient[told], theirs[told], rtol=2e-2, atol=2e-2)
         torch.manual_seed(0)
         assert torch.equal(layer(x), y)
         assert not torch.equal(layer(x), y)
