@@ -10,7 +10,7 @@ OPTIONS = {
     # LayerNorm's backward pass in one kernel that sums over both dimensions: at a width of 512 five
     # times as slow as in two.
     "triton.mix_order_reduction": False,
-    # To be measured. The sums over frames for LayerNorm's parameters, in the best of six shapes of
+    # The sums over frames for LayerNorm's parameters, in the best of six shapes of
     # blocks by its timing: what it takes untried for sizes that it does not know reads eight
     # frames at a time, and waits for each eight before it asks for the next.
     "max_autotune_pointwise": True,
