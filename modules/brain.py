@@ -9,11 +9,10 @@ import torch
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.metric_stats import ErrorRateStats
 
-from modules.casting import with_weights_cast
-from modules.compilation import compile_layers
+from modules.compilation import compile_layers, graphs_for
 from modules.ema import WeightAverage
 from modules.errors import UserError
-from modules.graphs import Graphs, TrainingGraphs, pad_to_few_shapes
+from modules.graphs import pad_to_few_shapes
 from modules.lengths import absolute, relative, zero_padding
 from modules.losses import consistency_loss, too_few_frames
 from modules.training import TrainingBrain
@@ -174,19 +173,8 @@ class ASRBrain(TrainingBrain):
         compile_layers(self.modules.encoder)
         if "decoder" in self.modules and not checkpointing:
             compile_layers(self.modules.decoder)
-        self.graphs = None
         if self.compile_mode == "reduce-overhead":
-            layers = torch.nn.ModuleList([self.modules.frontend, self.modules.encoder])
-            self.evaluation_graphs = Graphs(with_weights_cast(self.layers, layers))
-            # A training's graph would repeat the chunk size that it was recorded with.
-            if not self.distributed_launch and self.modules.encoder.chunks is None:
-                within = [m for name, m in self.modules.items() if not name.endswith("_head")]
-                network = with_weights_cast(self.network, torch.nn.ModuleList(within))
-                self.graphs = TrainingGraphs(
-                    network,
-                    self.hparams.model.parameters(),
-                    accumulate=self.grad_accumulation_factor > 1,
-                )
+            self.graphs, self.evaluation_graphs = graphs_for(self)
 
     def check_loss_isfinite(self, loss):
         super().check_loss_isfinite(loss)

@@ -1,6 +1,10 @@
 """torch.compile for the layers of an encoder or a decoder: one small graph serves all of them."""
 
 import torch
+from torch import nn
+
+from modules.casting import with_weights_cast
+from modules.graphs import Graphs, TrainingGraphs
 
 # Inductor's.
 OPTIONS = {
@@ -36,3 +40,21 @@ def compile_layers(network, backend="inductor"):
         options = OPTIONS | getattr(mixer, "compile_options", {})
         options = options if backend == "inductor" else None
         layer.compile(dynamic=True, backend=backend, options=options)
+
+
+def graphs_for(brain):
+    """CUDA graphs of an `ASRBrain`'s training, or None, and of its evaluation.
+
+    Training has none with several processes, nor where chunks are drawn for each batch: a graph
+    would repeat the size that it was recorded with.
+    """
+    modules, graphs = brain.modules, None
+    if not brain.distributed_launch and modules.encoder.chunks is None:
+        within = nn.ModuleList(m for name, m in modules.items() if not name.endswith("_head"))
+        graphs = TrainingGraphs(
+            with_weights_cast(brain.network, within),
+            brain.hparams.model.parameters(),
+            accumulate=brain.grad_accumulation_factor > 1,
+        )
+    layers = nn.ModuleList([modules.frontend, modules.encoder])
+    return graphs, Graphs(with_weights_cast(brain.layers, layers))
