@@ -1,5 +1,7 @@
 """CTC on the columns that it needs, and SpeechBrain's sequence loss; both take counts."""
 
+import math
+
 import torch
 from speechbrain.nnet import losses
 from torch.autograd.function import once_differentiable
@@ -53,6 +55,8 @@ class ColumnCTC(torch.autograd.Function):
     def forward(ctx, logits, labels, lengths, token_lengths, columns, first, blank):
         index = columns.unsqueeze(1).expand(-1, logits.shape[1], -1)
         whole = normalizers(logits)
+        # Beside an infinite logit no column has a path, and what has no path counts zero.
+        whole = whole.masked_fill(whole.isposinf(), math.nan)
         scores = logits.gather(2, index).to(whole.dtype) - whole.unsqueeze(2)
         valid = valid_frames(lengths, logits.shape[1])
         scores.masked_fill_(~valid.unsqueeze(2), 0.0)

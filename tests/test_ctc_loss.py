@@ -138,9 +138,10 @@ def test_padding_has_no_influence(vocabulary, dtype):
     assert not grad[:, 20:].any()
 
 
-def test_nan_in_a_frame_makes_the_loss_nan():
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_or_infinity_in_a_frame_makes_the_loss_nan(value):
     logits, *rest = utterances(3, 9, 4, 20)
-    logits[0, 2, 19] = math.nan
+    logits[0, 2, 19] = value
     assert ctc_loss(logits, *rest).isnan()
 
 
