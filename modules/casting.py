@@ -85,6 +85,9 @@ class _Cast(torch.autograd.Function):
         ctx.dtypes = [x.dtype for x in tensors]
         copies = [torch.empty_like(x, dtype=dtype) for x in tensors]
         torch._foreach_copy_(copies, list(tensors))
+        # Of frozen weights: what is before them would need a gradient too.
+        wanted = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(*(y for y, w in zip(copies, wanted, strict=True) if not w))
         return tuple(copies)
 
     @staticmethod

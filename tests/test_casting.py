@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modules.attention import RelPosAttention, RoPEAttention
-from modules.casting import weights_of_products, with_weights_cast
+from modules.casting import sources_of_gradients, weights_of_products, with_weights_cast
 from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
 from modules.encoder import Encoder
 from modules.mamba import BiMamba, Mamba
@@ -96,6 +96,24 @@ def test_weights_are_the_modules_own_again_and_in_their_precision():
     assert all(p is before[name] for name, p in encoder.named_parameters())
     cast(x)  # without autocast
     assert seen["layers.0.ffn1.0.weight"].dtype == torch.float32
+
+
+def test_frozen_weights_ask_for_no_gradients():
+    first, second = nn.Linear(5, 5).requires_grad_(False), nn.Linear(5, 5)
+    within = nn.ModuleList([first, second])
+
+    def network(x):
+        y = first(x)
+        return second(y), y
+
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        z, y = with_weights_cast(network, within)(torch.randn(2, 5))
+        wanted = network(torch.randn(2, 5))
+    assert z.requires_grad and not y.requires_grad and not wanted[1].requires_grad
+    sources = sources_of_gradients([z], list(second.parameters()))
+    gradients = torch.autograd.grad([z], sources, [torch.ones_like(z)])
+    assert [g.dtype for g in gradients] == [torch.bfloat16] * 2
+    assert torch.equal(gradients[1], torch.full((5,), 2.0, dtype=torch.bfloat16))
 
 
 def names(encoder):
