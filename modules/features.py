@@ -66,10 +66,10 @@ class Features(nn.Module):
         """
         device, stft, banks = wavs.device, self.fbank.compute_STFT, self.fbank.compute_fbanks
         if stft.window.device != device:
-            stft.window = stft.window.to(device)
             for name in ("f_central", "band", "all_freqs_mat"):
                 setattr(banks, name, getattr(banks, name).to(device))
             banks.device_inp = device
+            stft.window = stft.window.to(device)  # last: other threads take it for all of them
         return self.fbank(wavs)
 
     @property

@@ -31,6 +31,23 @@ def test_constants_are_where_the_waveforms_are(monkeypatch):
     assert features.initial_state(2).is_meta
 
 
+def test_the_window_goes_last(monkeypatch):
+    """Another thread that finds it on the device finds the others there too."""
+    features = Features(n_fft=512)
+    stft, banks = features.fbank.compute_STFT, features.fbank.compute_fbanks
+    seen = []
+
+    def note(self, name, value):
+        seen.append((name, stft.window.is_meta))
+        torch.nn.Module.__setattr__(self, name, value)
+
+    monkeypatch.setattr(type(banks), "__setattr__", note)
+    monkeypatch.setattr(features.fbank, "forward", lambda wavs: wavs)
+    features.mels(torch.randn(1, 1600, device="meta"))
+    assert {("band", False), ("device_inp", False)} <= set(seen)
+    assert not any(moved for _, moved in seen)
+
+
 def test_copies_compute_the_same():
     features, wavs = Features(n_fft=512), torch.randn(2, 16000)
     lengths = torch.tensor([16000, 8000])
