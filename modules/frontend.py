@@ -132,7 +132,8 @@ class ConvFrontend(nn.Module):
         """
         # Nothing valid reads the padding, but the weights' gradient does: 0 x NaN is NaN.
         x = zero_padding(x, lengths)
-        if norm_act_pad.supports(x.unsqueeze(-1), self.reach):
+        fewest_bins = self.shapes[-2][0]  # that are reflected
+        if fewest_bins > self.reach and norm_act_pad.supports(x.unsqueeze(-1), self.reach):
             return self.fused(x, lengths)
         for block in self.blocks.values():
             x = block(reflect_bins(reflect_frames(x, lengths, self.reach), self.reach))

@@ -3,6 +3,8 @@
 Triton runs on a CUDA device, elsewhere in its interpreter, in a process of its own.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -27,7 +29,7 @@ OPTIONS = {"eps": 1e-5, "slope": 0.01}
 @installed
 @outside
 def test_in_the_interpreter():
-    assert run_in_the_interpreter(__file__) >= 14
+    assert run_in_the_interpreter(__file__) >= 17
 
 
 def tensors(B, T, bins, channels, dtype=torch.float32):
@@ -96,6 +98,30 @@ def test_what_is_dropped_is_dropped_backward_too():
 
 
 @runs_kernels
+def test_an_utterance_without_frames():
+    x, weight, bias, lengths = tensors(3, 9, 5, 4)
+    lengths[1] = 0
+    run = partial(norm_act_pad, reach=1, **OPTIONS)
+    y, dx, *_ = with_gradients(lambda *t: run(*t, lengths), x, weight, bias)
+    assert not y[1].any() and not dx[1].any()
+    others = torch.tensor([0, 2], device=DEVICE)
+    assert torch.equal(y[others], run(x[others], weight, bias, lengths[others]))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_dropout_of_nothing_and_of_all(dropout):
+    x, weight, bias, lengths = tensors(3, 9, 5, 4)
+    before = torch.get_rng_state()
+    run = partial(norm_act_pad, reach=1, dropout=dropout, **OPTIONS)
+    results = with_gradients(lambda *t: run(*t, lengths), x, weight, bias)
+    if dropout:
+        assert not any(t.any() for t in results)
+    else:
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@runs_kernels
 def test_padding_is_not_read():
     x, weight, bias, lengths = tensors(3, 9, 5, 4)
     past = zero_padding(torch.ones_like(x), lengths) == 0
@@ -135,7 +161,8 @@ def test_a_frontend_on_a_gpu(bf16, monkeypatch):
     torch.manual_seed(0)
     frontend = ConvFrontend(dropout=0.0).cuda()
     x, lengths = torch.randn(4, 203, 80, device="cuda"), torch.tensor([203, 150, 4, 1]).cuda()
-    results = []
+    results, calls, original = [], [], frontend.fused
+    monkeypatch.setattr(frontend, "fused", lambda *t: calls.append(t) or original(*t))
     for fused in (True, False):
         if not fused:
             monkeypatch.setattr("modules.ops.norm_act_pad.supports", lambda x, reach: False)
@@ -144,6 +171,18 @@ def test_a_frontend_on_a_gpu(bf16, monkeypatch):
             y, frames = frontend(x, lengths)
         (y.float() * torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y)).sum().backward()
         results.append([y.double(), *(p.grad.double() for p in frontend.parameters())])
-    assert frames.tolist() == [51, 38, 1, 1]
+    assert frames.tolist() == [51, 38, 1, 1] and len(calls) == 1
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() <= (2e-2 if bf16 else 1e-3) * b.norm()
+
+
+def test_blocks_too_narrow_to_reflect_are_left_to_the_parts(monkeypatch):
+    """Three bins become two, and two one, of which the kernel would read beside them."""
+    monkeypatch.setattr("modules.ops.norm_act_pad.supports", lambda x, reach: x.shape[2] > reach)
+    lengths = torch.tensor([9, 5])
+    for n_mels, narrow in ((2, True), (3, False)):
+        frontend = ConvFrontend(n_mels, dropout=0.0)
+        calls = []
+        monkeypatch.setattr(frontend, "fused", lambda *t, calls=calls: calls.append(t))
+        frontend(torch.randn(2, 9, n_mels), lengths)
+        assert (not calls) == narrow

@@ -21,10 +21,13 @@ class NormActPad(torch.autograd.Function):
         B, T, F, C = x.shape
         out = x.new_empty(B, T + 2 * reach, F + 2 * reach, C)
         stats = torch.empty(2, B, T, dtype=torch.float32, device=x.device)
-        keys = torch.randint(-(2**31), 2**31 - 1, (2,), device=x.device, dtype=torch.int32)
+        keys = torch.empty(2, dtype=torch.int32, device=x.device)
+        if dropout:
+            keys.random_(-(2**31), 2**31 - 1)
         shared = (x, weight.contiguous(), bias.contiguous(), lengths.contiguous(), keys, stats)
         sizes = {"BINS": F, "CHANNELS": C, "REACH": reach, "WIDTH": 1 << (F * C - 1).bit_length()}
-        numbers = (T, B, slope, int(2**32 * dropout) - 2**31, 1 / (1 - dropout))
+        scale = 1 / (1 - dropout) if dropout < 1 else 0.0
+        numbers = (T, B, slope, int(2**32 * dropout) - 2**31, scale)
         sizes |= {"DROPS": dropout > 0, "num_warps": min(max(sizes["WIDTH"] // 512, 1), 16)}
         if x.numel():
             # Triton launches on the current device, whatever the tensors' own.
