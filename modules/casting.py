@@ -16,7 +16,8 @@ def with_weights_cast(network, modules):
     """A function like `network`, which under autocast finds modules' weights cast already.
 
     Numbers are autocast's own, with its cache: a weight used twice has the sum of its gradients
-    rounded to that dtype.
+    rounded to that dtype. What leaves autocast inside, with `enabled=False`, finds them cast too:
+    its parameters want an attribute `full_precision` that is true.
     modules: nn.Module whose submodules the network calls, and no others.
     """
     names = [name for name, _ in weights_of_products(modules)]
