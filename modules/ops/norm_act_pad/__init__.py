@@ -1,5 +1,7 @@
 """What ends a block of the frontend: LayerNorm, leaky ReLU, dropout, the next block's padding."""
 
+import os
+
 import torch
 
 from modules.ops import kernels
@@ -7,7 +9,12 @@ from modules.ops.backends import OK, Call
 
 
 def supports(x, reach):
-    """Whether the kernels do it for x (B, T, F, C); else PyTorch's parts do, one after another."""
+    """Whether the kernels do it for x (B, T, F, C); else PyTorch's parts do, one after another.
+
+    They always do where the environment has MAMBA_ASR_FRONTEND_BACKEND=torch.
+    """
+    if os.environ.get("MAMBA_ASR_FRONTEND_BACKEND") == "torch":
+        return False
     call = Call(x.device.type, _dtype(x), 1, True, initial_state=False, return_state=False)
     able = x.is_cuda and kernels.supports(call) == OK and kernels.availability() == OK
     return able and not torch.compiler.is_compiling() and x.shape[2] > reach
