@@ -57,7 +57,8 @@ def test_machine_code():
     printed, status = run("machine_code.py", "--calls=conv")
     rows = report_of(printed, "machine_code")["rows"]
     assert status == 0 and len(printed) == 1 + len(rows)
-    assert {row["kernel"].split()[1] for row in rows} == {"forward_kernel", "backward_kernel"}
+    kernels = {"forward_kernel", "backward_kernel", "sum_kernel"}
+    assert {row["kernel"].split()[1] for row in rows} == kernels
     for row in rows:
         one, two, four = row["cycles"]
         # A cycle takes one instruction of one warp, and more warps take no less time.
