@@ -11,9 +11,10 @@ ROWS = 128  # loaded at once: as many as a usual batch leaves
 
 
 def parameter_sums(partial, weight, first=None, second=None):
-    """
+    """The gradients of parameters, of which each of R programs has left a share.
+
     partial (G, R, K, D) float32, each (K, D) dense; the parameters: weight (G, D, N), of the first
-    N rows of K, and first and second (G, D), of the next two, or None. G = 1 may be left out.
+    N rows of K, and first and second (G, D), of the next two, or None. Theirs may lack a G of 1.
     -> the parameters' gradients, sums over R, in new dense tensors; None for None
     """
     from modules.ops.parameter_sums.triton_kernels import sum_kernel
