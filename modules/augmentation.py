@@ -12,6 +12,7 @@ import torch
 from speechbrain.utils.callchains import lengths_arg_exists
 from torch import nn
 
+from modules.fourier import irfft, rfft, transform_length
 from modules.lengths import valid_frames
 
 
@@ -113,25 +114,16 @@ class Reverberation(nn.Module):
         room = room * torch.exp(-3 * math.log(10) * time / self.sample_rate / rt60)
         room = room / room.norm(dim=1, keepdim=True) * 10 ** (-drr / 20)
         points = transform_length(waveforms.shape[1] + len(time))
-        spectrum = torch.fft.rfft(waveforms, points)
-        response = 1 + torch.fft.rfft(nn.functional.pad(room, (1, 0)), points)
-        return torch.fft.irfft(spectrum * response, points)[:, : waveforms.shape[1]]
+        spectrum = rfft(waveforms, points)
+        response = 1 + rfft(nn.functional.pad(room, (1, 0)), points)
+        return irfft(spectrum * response, points)[:, : waveforms.shape[1]]
 
 
 def coloured_noise(waveforms):
     """Noise like (B, N), of a colour from white to brown: power falls with frequency's square."""
     points = transform_length(waveforms.shape[1])
     noise = torch.randn(len(waveforms), points, device=waveforms.device)
-    spectrum = torch.fft.rfft(noise)
+    spectrum = rfft(noise, points)
     slope = torch.rand(len(waveforms), 1, device=waveforms.device)
     frequency = torch.arange(1, spectrum.shape[1] + 1, device=waveforms.device)
-    return torch.fft.irfft(spectrum * frequency**-slope, points)[:, : waveforms.shape[1]]
-
-
-def transform_length(samples):
-    """As many samples or up to a quarter more: few lengths, of small factors.
-
-    cuFFT makes a plan for every length, with tables as long, and PyTorch keeps them.
-    """
-    step = 1 << max(samples.bit_length() - 3, 0)
-    return -(-samples // step) * step
+    return irfft(spectrum * frequency**-slope, points)[:, : waveforms.shape[1]]

@@ -12,10 +12,11 @@ from torch.nn import functional as F  # noqa: N812
 from inference import Recognizer
 from inference.package import package
 from modules import launch
-from modules.augmentation import Reverberation, coloured_noise, transform_length
+from modules.augmentation import Reverberation, coloured_noise
 from modules.encoder import Encoder
 from modules.encoder_layer import DropPath
 from modules.errors import UserError
+from modules.fourier import transform_length
 from modules.losses import consistency_loss
 from modules.mamba import BiMamba
 from modules.waveforms import Batch
