@@ -114,7 +114,7 @@ class TimedASR(ASR):
         self.kept, self.seen = [], 0
 
     def fit_batch(self, batch):
-        batch = batch.to(self.device)
+        batch = self.on_device(batch)
         loss = super().fit_batch(batch)
         self.seen += 1
         if self.seen == self.warm_up:

@@ -141,13 +141,55 @@ def test_views_of_projections_with_garbage_in_the_padding(reverse, garbage, fres
     assert torch.equal(got["state"][1], clean["initial_state"][1])
 
 
+@pytest.mark.parametrize("dtype, rank", [(torch.bfloat16, 6), (torch.float32, 5)])
+def test_parts_of_one_product_are_not_copied(dtype, rank):
+    """B and C as a layer has them: behind the step's `rank` channels."""
+    product = torch.randn(2, 3, 7, rank + 8).to(dtype)
+    _, B, C = product.split([rank, 4, 4], -1)
+    BC = triton._beside(B, C)
+    assert BC.data_ptr() == B.data_ptr()
+    assert BC.stride(2) * BC.element_size() == B.stride(2) * B.element_size()
+    expected = triton._beside(B.clone(), C.clone())
+    assert expected.stride(2) == expected.shape[3] and torch.equal(BC, expected)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda x: (x[..., 4:8], x[..., :4]),  # C first
+        lambda x: (x[..., :4], x.clone()[..., 4:8]),
+        lambda x: (x[:, :, :5, :4], x[:, :, :5, 4:8]),  # rows with a gap after each utterance
+        lambda x: (x[..., 1:5], x[..., 5:9]),  # from the middle of a word
+        lambda x: (x[..., :4], x[..., 5:9]),
+    ],
+)
+def test_other_parts_are_copied(parts):
+    B, C = parts(torch.randn(2, 3, 7, 10).bfloat16())
+    BC = triton._beside(B, C)
+    assert BC.is_contiguous() and torch.equal(BC.view(torch.bfloat16), torch.cat((B, C), -1))
+
+
+@runs_kernels
+def test_packed_rows_that_lie_apart():
+    frames, channels, states = 6, 33, 4
+    leaves = leaves_of(torch.bfloat16, frames, channels, states)
+    expected = run(leaves, "triton")
+    apart = {k: v.detach().clone() for k, v in leaves.items()}
+    _, apart["B"], apart["C"] = torch.cat(
+        [apart["dt"][..., :32], apart["B"], apart["C"]], -1
+    ).split([32, states, states], -1)
+    got = run({k: v.requires_grad_() for k, v in apart.items()}, "triton")
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+
+
 @runs_kernels
 @pytest.mark.parametrize("reverse, leave_out", [(True, ()), (False, ("z", "initial_state"))])
 def test_time_in_pieces(reverse, leave_out, monkeypatch):
     """Pieces of 32 frames: a full one, one cut by the length, one without any valid frame."""
     monkeypatch.setattr(triton, "LEAST", 16)
     frames = 70
-    launch = triton._Launch((1, 3, frames, 20), 4, 0, True, False)
+    launch = triton._Launch((1, 3, frames, 20), 4, 0, True, False, words=8)
     assert (launch.pieces, launch.piece_frames) == (3, 32)
     leaves = leaves_of(torch.float32, frames, 20, 4, leave_out=leave_out)
     assert_close(leaves, 1e-5, lengths=lengths_of(frames), reverse=reverse)

@@ -96,14 +96,15 @@ def _forward(
     G groups of B scans, each group with parameters of its own. From scan reverse_from on (of
     G B) time runs backwards.
     -> y (G, B, T, D), last states; if `keep` the states at the segments' starts, the total of dt
-    in the pieces of time, and A, B and C as `_prepared`
+    in the pieces of time, and A as `_turned_rates`
     """
     from modules.ops.selective_scan.triton_kernels import forward_kernel
 
-    launch, (A_t, BC) = _launch(u, A, B, C, dt_softplus, reverse_from), _prepared(A, B, C)
+    A_t, BC = _turned_rates(A), _beside(B, C)
+    launch = _launch(u, A, B, C, BC, dt_softplus, reverse_from)
     u, dt, z = (dense_rows(x) for x in (u, dt, z))
     D, dt_bias, lengths = (None if x is None else x.contiguous() for x in (D, dt_bias, lengths))
-    y, last, starts, total, *prepared = _shapes(
+    y, last, starts, total, none = _shapes(
         u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, reverse_from, keep
     )
     final = last
@@ -115,7 +116,7 @@ def _forward(
         initial_state = launch.chain(final, total, A_t, initial_state, last, backwards=False)
     outputs = (y, final, starts if keep else None, None)
     launch(forward_kernel, (*inputs, initial_state, *outputs), **options)
-    return y, last, starts, total, *((A_t, BC) if keep else prepared)
+    return y, last, starts, total, A_t if keep else none
 
 
 def _shapes(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, reverse_from, keep):
@@ -129,8 +130,7 @@ def _shapes(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, 
     last = u.new_empty(groups, batch, A.shape[2], channels, dtype=torch.float32)
     starts = last.new_empty(kept * _slots(A.shape[2]) if keep else 0)
     A_t = last.new_empty(A.mT.shape if keep else 0)
-    BC = _beside(B, C) if keep else last.new_empty(0)
-    return y, last, starts, last.new_empty(sums), A_t, BC
+    return y, last, starts, last.new_empty(sums), A_t
 
 
 def _backward(gradients, args, kept):
@@ -140,8 +140,9 @@ def _backward(gradients, args, kept):
 
     u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, reverse_from, _ = args
     dy, dlast = gradients
-    starts, total, A_t, BC = kept
-    launch = _launch(u, A, B, C, dt_softplus, reverse_from)
+    starts, total, A_t = kept
+    BC = _beside(B, C)
+    launch = _launch(u, A, B, C, BC, dt_softplus, reverse_from)
     states, blocks, pieces = launch.states, launch.blocks, launch.pieces
     u, dt, z = (dense_rows(x) for x in (u, dt, z))
     D, dt_bias, lengths = (None if x is None else x.contiguous() for x in (D, dt_bias, lengths))
@@ -178,7 +179,7 @@ _operator = Operator(
     "selective_scan",
     "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_state, bool dt_softplus, Tensor? lengths, SymInt reverse_from, bool keep",
-    outputs=6,
+    outputs=5,
     results=2,
     forward=_forward,
     backward=_backward,
@@ -203,11 +204,11 @@ def _slots(states):
 class _Launch:
     """Runs kernels over a shape's pieces, scans and blocks of channels."""
 
-    def __init__(self, shape, states, reverse_from, softplus, packed):
+    def __init__(self, shape, states, reverse_from, softplus, packed, words):
         self.groups, self.batch, self.frames, self.channels = shape
         self.states, self.reverse_from = states, reverse_from
         self.constants = {"SOFTPLUS": softplus, "N": states, "PACKED": packed}
-        self.words = states if packed else 2 * states  # a row's of B and C
+        self.words = words  # from one row of B and C to the next
         self.blocks = -(-self.channels // CHANNELS)
         self.pieces, self.piece_frames = _pieces(*shape)
 
@@ -261,8 +262,8 @@ class _Launch:
                 )
 
 
-def _launch(u, A, B, C, dt_softplus, reverse_from):
-    return _Launch(u.shape, A.shape[2], reverse_from, dt_softplus, _packed(B, C))
+def _launch(u, A, B, C, BC, dt_softplus, reverse_from):
+    return _Launch(u.shape, A.shape[2], reverse_from, dt_softplus, _packed(B, C), BC.stride(2))
 
 
 def _packed(B, C):
@@ -270,15 +271,35 @@ def _packed(B, C):
     return B.dtype == C.dtype == torch.bfloat16 and B.shape[-1] % 2 == 0
 
 
-def _prepared(A, B, C):
-    """-> A (G, N, D) in float32, times log2(e); B and C side by side, as `_beside`"""
-    return (A.float() * math.log2(math.e)).mT.contiguous(), _beside(B, C)
+def _turned_rates(A):
+    """A (G, N, D) in float32, times log2(e)"""
+    return (A.float() * math.log2(math.e)).mT.contiguous()
 
 
 def _beside(B, C):
-    """(G, B, T, 2 N) float32, or, of bfloat16, (G, B, T, N) pairs."""
-    BC = torch.cat((B, C), dim=-1)
+    """B and C side by side: (G, B, T, 2 N) float32, or, of bfloat16, (G, B, T, N) pairs.
+
+    Rows follow each other, and may lie apart: those of one product, as a layer has them, are not
+    copied.
+    """
+    BC = _one_behind_the_other(B, C)
+    if BC is None:
+        BC = torch.cat((B, C), dim=-1)
     return BC.view(torch.int32) if _packed(B, C) else BC.float()
+
+
+def _one_behind_the_other(B, C):
+    """B and C as one view of what they are parts of, or None when C is not behind B there."""
+    batch, frames, states = B.shape[1:]
+    step, size = B.stride(2), B.element_size()
+    in_rows = B.stride() == (batch * frames * step, frames * step, step, 1)
+    alike = B.stride() == C.stride() and B.dtype == C.dtype
+    together = B.untyped_storage().data_ptr() == C.untyped_storage().data_ptr()
+    behind = together and C.data_ptr() - B.data_ptr() == states * size
+    in_words = step * size % 4 == 0 and B.storage_offset() * size % 4 == 0
+    if not (in_rows and alike and behind and in_words):
+        return None
+    return B.as_strided((*B.shape[:3], 2 * states), B.stride())
 
 
 def _turned(state):
