@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from modules.casting import with_weights_cast
+from modules.dropout import draw_together
 from modules.graphs import Graphs, TrainingGraphs
 
 # Inductor's.
@@ -35,6 +36,8 @@ def compile_layers(network, backend="inductor"):
         # To PyTorch all but products is free to make again, which anything below 1 allows.
         torch._functorch.config.activation_memory_budget = 0.99
         network.gradient_checkpointing = False  # not once more around the layers
+    if next(network.parameters()).is_cuda:  # elsewhere dropout is PyTorch's
+        draw_together(network)
     for layer in network.layers:
         mixer = getattr(layer, "mixer", None)
         options = OPTIONS | getattr(mixer, "compile_options", {})

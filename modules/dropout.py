@@ -11,15 +11,39 @@ class Dropout(nn.Dropout):
     one is used. A feed-forward module's activation and dropout took four times what their bytes do.
     """
 
+    keys = None  # of its own, where `draw_together` draws them; else each pass draws two
+
     def forward(self, x):
         """x of any shape -> the same shape."""
         drops = self.training and 0 < self.p < 1
         if not (drops and x.is_cuda and torch.compiler.is_compiling()):
             return super().forward(x)
-        return x * keep(x, self.p) * (1 / (1 - self.p))
+        return x * keep(x, self.p, self.keys) * (1 / (1 - self.p))
 
 
-def keep(x, p):
+def draw_together(network):
+    """Draw the random numbers of all dropouts of a network at once, before each of its passes.
+
+    One launch in place of one each. Between a pass and its backward pass there may be no other,
+    which autograd tells by an error.
+    """
+    dropouts = [m for m in network.modules() if isinstance(m, Dropout) and 0 < m.p < 1]
+    if not dropouts:
+        return
+    device = next(network.parameters()).device
+    # Places of 16 bytes: compiled code would copy what begins between two of them.
+    network.dropout_keys = torch.zeros(len(dropouts), 4, 1, dtype=torch.int32, device=device)
+    for dropout, keys in zip(dropouts, network.dropout_keys, strict=True):
+        dropout.keys = keys[:2]
+    network.register_forward_pre_hook(_draw)
+
+
+def _draw(network, inputs):
+    if network.training:
+        network.dropout_keys.random_(-(2**31), 2**31 - 1)
+
+
+def keep(x, p, keys=None):
     """Whether each element of x stays, with a probability of 1 - p: a bool tensor like x.
 
     The element's number and two random numbers of PyTorch's, hashed: counter-based, as Philox is
@@ -27,8 +51,9 @@ def keep(x, p):
     (https://nullprogram.com/blog/2018/07/31/) of the number and the first, and again of the result
     and the second. It begins and ends with x ^ x >> 16. Between the two these cancel but for a
     change of the second number, as random after it; the last would change lower bits alone.
+    keys: the two, (2, 1) int32; None: drawn here.
     """
-    first, second = draw_keys(x)
+    first, second = draw_keys(x) if keys is None else keys
     number = torch.arange(x.numel(), device=x.device, dtype=torch.int32) ^ first
     number = number ^ (number >> 16 & 0xFFFF)
     return (scramble(scramble(number) ^ second) >= int(2**32 * p) - 2**31).view(x.shape)

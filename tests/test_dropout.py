@@ -1,9 +1,11 @@
 """Compiled dropout: elements are dropped as often as they should be, and independently."""
 
+import copy
+
 import pytest
 import torch
 
-from modules.dropout import Dropout, keep, scramble
+from modules.dropout import Dropout, draw_together, keep, scramble
 
 SIZE = 2**20
 
@@ -65,6 +67,88 @@ def test_ends_between_two_scrambles_only_change_the_second_number():
     generator = torch.Generator().manual_seed(0)
     x, second = torch.randint(-(2**31), 2**31, (2, 1000), generator=generator).int()
     assert torch.equal(ends(ends(x) ^ second), x ^ ends(second))
+
+
+class Kept(Dropout):
+    """What `Dropout` computes when it is compiled for a GPU."""
+
+    def forward(self, x):
+        return x * keep(x, self.p, self.keys) if self.training else x
+
+
+def three_dropouts():
+    network = torch.nn.Sequential(torch.nn.Linear(64, 64), Kept(0.3), Kept(0.0), Kept(0.3))
+    torch.nn.init.eye_(network[0].weight)
+    torch.nn.init.zeros_(network[0].bias)
+    draw_together(network)
+    return network
+
+
+def test_numbers_drawn_together_are_each_dropouts_own_and_new_each_time():
+    network, x = three_dropouts(), torch.ones(8, 64)
+    assert network[2].keys is None
+    seen = []
+    for _ in range(2):
+        y = network(x)
+        first, last = (keep(x, 0.3, network[i].keys) for i in (1, 3))
+        assert torch.equal(y, (first & last).float())
+        assert 0 < (first & last).sum() < first.sum() < x.numel()
+        seen.append(y)
+    assert not torch.equal(*seen)
+    before = network.dropout_keys.clone()
+    assert torch.equal(network.eval()(x), x) and torch.equal(network.dropout_keys, before)
+
+
+def test_numbers_drawn_together_repeat_with_the_generator():
+    network, x = three_dropouts(), torch.ones(8, 64)
+    torch.manual_seed(0)
+    expected = network(x)
+    torch.manual_seed(0)
+    assert torch.equal(network(x), expected)
+
+
+def test_a_copy_draws_for_itself():
+    network, x = three_dropouts(), torch.ones(8, 64)
+    other = copy.deepcopy(network)
+    network(x)
+    before = network.dropout_keys.clone()
+    first, second = other(x), other(x)
+    assert not torch.equal(first, second)
+    assert torch.equal(network.dropout_keys, before)
+
+
+def test_a_pass_between_another_and_its_backward_pass_is_an_error():
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, keys):
+            ctx.save_for_backward(keys)
+            return x * keep(x, 0.3, keys)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * keep(gradient, 0.3, *ctx.saved_tensors), None
+
+    network, x = three_dropouts(), torch.ones(8, 64)
+    y = Scaled.apply(network(x), network[1].keys)
+    network(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_dropout_takes_the_numbers_drawn_together():
+    network = torch.nn.Sequential(torch.nn.Linear(64, 64), Dropout(0.3), Dropout(0.3)).cuda()
+    draw_together(network)
+    x = torch.randn(8, 64, device="cuda")
+    for module in network:
+        module.compile(dynamic=True)
+    for _ in range(3):
+        y = network(x)
+        (gradient,) = torch.autograd.grad(y.sum(), network[0].bias)
+        kept = keep(y, 0.3, network[1].keys) & keep(y, 0.3, network[2].keys)
+        torch.testing.assert_close(y, network[0](x) * kept / 0.49, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, kept.sum(0) / 0.49, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
