@@ -24,23 +24,23 @@ class Dropout(nn.Dropout):
 def draw_together(network):
     """Draw the random numbers of all dropouts of a network at once, before each of its passes.
 
-    One launch in place of one each. Between a pass and its backward pass there may be no other,
+    Two launches in place of one each. Between a pass and its backward pass there may be no other,
     which autograd tells by an error.
     """
-    dropouts = [m for m in network.modules() if isinstance(m, Dropout) and 0 < m.p < 1]
-    if not dropouts:
-        return
+    network.dropouts = [m for m in network.modules() if isinstance(m, Dropout) and 0 < m.p < 1]
     device = next(network.parameters()).device
-    # Places of 16 bytes: compiled code would copy what begins between two of them.
-    network.dropout_keys = torch.zeros(len(dropouts), 4, 1, dtype=torch.int32, device=device)
-    for dropout, keys in zip(dropouts, network.dropout_keys, strict=True):
-        dropout.keys = keys[:2]
-    network.register_forward_pre_hook(_draw)
+    for dropout in network.dropouts:
+        # Each in memory of its own: code compiled for one layer would not serve another whose
+        # tensor begins elsewhere in a common one.
+        dropout.keys = torch.zeros(2, 1, dtype=torch.int32, device=device)
+    if network.dropouts:
+        network.register_forward_pre_hook(_draw)
 
 
 def _draw(network, inputs):
     if network.training:
-        network.dropout_keys.random_(-(2**31), 2**31 - 1)
+        keys = [dropout.keys for dropout in network.dropouts]
+        torch._foreach_copy_(keys, list(draw_keys(keys[0], len(keys))))
 
 
 def keep(x, p, keys=None):
@@ -53,7 +53,7 @@ def keep(x, p, keys=None):
     change of the second number, as random after it; the last would change lower bits alone.
     keys: the two, (2, 1) int32; None: drawn here.
     """
-    first, second = draw_keys(x) if keys is None else keys
+    first, second = draw_keys(x)[0] if keys is None else keys
     number = torch.arange(x.numel(), device=x.device, dtype=torch.int32) ^ first
     number = number ^ (number >> 16 & 0xFFFF)
     return (scramble(scramble(number) ^ second) >= int(2**32 * p) - 2**31).view(x.shape)
@@ -62,17 +62,19 @@ def keep(x, p, keys=None):
 @torch.library.custom_op(
     "mamba_asr::dropout_keys", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
-def draw_keys(x: torch.Tensor) -> torch.Tensor:
-    """Two random numbers on x's device, (2, 1) int32: an operator that Inductor cannot look into.
+def draw_keys(x: torch.Tensor, number: int = 1) -> torch.Tensor:
+    """Pairs of random numbers on x's device, (number, 2, 1) int32.
 
-    It drew them anew for every element, in the kernel that hashes them.
+    An operator that Inductor cannot look into: it drew them anew for every element, in the kernel
+    that hashes them.
     """
-    return torch.randint(-(2**31), 2**31 - 1, (2, 1), device=x.device, dtype=torch.int32)
+    size = number, 2, 1
+    return torch.randint(-(2**31), 2**31 - 1, size, device=x.device, dtype=torch.int32)
 
 
 @draw_keys.register_fake
-def _(x):
-    return x.new_empty(2, 1, dtype=torch.int32)
+def _(x, number=1):
+    return x.new_empty(number, 2, 1, dtype=torch.int32)
 
 
 def scramble(x):

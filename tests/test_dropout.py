@@ -95,8 +95,8 @@ def test_numbers_drawn_together_are_each_dropouts_own_and_new_each_time():
         assert 0 < (first & last).sum() < first.sum() < x.numel()
         seen.append(y)
     assert not torch.equal(*seen)
-    before = network.dropout_keys.clone()
-    assert torch.equal(network.eval()(x), x) and torch.equal(network.dropout_keys, before)
+    before = network[1].keys.clone()
+    assert torch.equal(network.eval()(x), x) and torch.equal(network[1].keys, before)
 
 
 def test_numbers_drawn_together_repeat_with_the_generator():
@@ -111,10 +111,10 @@ def test_a_copy_draws_for_itself():
     network, x = three_dropouts(), torch.ones(8, 64)
     other = copy.deepcopy(network)
     network(x)
-    before = network.dropout_keys.clone()
+    before = network[1].keys.clone()
     first, second = other(x), other(x)
     assert not torch.equal(first, second)
-    assert torch.equal(network.dropout_keys, before)
+    assert torch.equal(network[1].keys, before)
 
 
 def test_a_pass_between_another_and_its_backward_pass_is_an_error():
