@@ -32,14 +32,24 @@ class ChannelsLastConv2d(Conv2d):
             groups = self.conv.groups
             y = F.conv2d(x.permute(0, 3, 1, 2), weight, self.conv.bias, self.stride, groups=groups)
             return y.permute(0, 2, 3, 1)
-        # Of one channel every patch is a row, and the convolution a product. Tensor cores want
-        # rows of whole eights.
+        # Of one channel every patch is a row, and the convolution a product.
         time, bins = weight.shape[2:]
         patches = x.unfold(1, time, self.stride[0]).unfold(2, bins, self.stride[1]).flatten(3)
-        # A column of ones has the bias, whose gradient then costs no sum over all patches.
-        spare = 8 - patches.shape[3] % 8
-        weight = torch.cat([weight.flatten(1), self.conv.bias.unsqueeze(1)], dim=1)
-        return F.linear(F.pad(patches, (0, spare), value=1.0), F.pad(weight, (0, spare - 1)))
+        return self.product(F.pad(patches, (0, self.columns - time * bins), value=1.0))
+
+    @property
+    def columns(self):
+        """Numbers of a patch of one channel, and one or more ones: tensor cores want whole eights.
+
+        A column of ones has the bias, whose gradient then costs no sum over all patches.
+        """
+        return self.conv.weight[0, 0].numel() // 8 * 8 + 8
+
+    def product(self, patches):
+        """Patches (B, T', F', columns), frame by frame -> (B, T', F', C')"""
+        weight = self.conv.weight.transpose(2, 3).flatten(1)
+        weight = torch.cat([weight, self.conv.bias.unsqueeze(1)], dim=1)
+        return F.linear(patches, F.pad(weight, (0, self.columns - weight.shape[1])))
 
 
 class SeparableConv2d(nn.Sequential):
@@ -130,11 +140,11 @@ class ConvFrontend(nn.Module):
         x (B, T, n_mels), lengths (B,) in frames -> (B, T', F'), (B,), with T' and the lengths
         divided by the stride, rounded up, once per block. Frames past a length are zero.
         """
-        # Nothing valid reads the padding, but the weights' gradient does: 0 x NaN is NaN.
-        x = zero_padding(x, lengths)
         fewest_bins = self.shapes[-2][0]  # that are reflected
         if fewest_bins > self.reach and norm_act_pad.supports(x.unsqueeze(-1), self.reach):
             return self.fused(x, lengths)
+        # Nothing valid reads the padding, but the weights' gradient does: 0 x NaN is NaN.
+        x = zero_padding(x, lengths)
         for block in self.blocks.values():
             x = block(reflect_bins(reflect_frames(x, lengths, self.reach), self.reach))
             if torch.is_autocast_enabled(x.device.type):
@@ -144,15 +154,26 @@ class ConvFrontend(nn.Module):
         return zero_padding(x.flatten(2), lengths), lengths
 
     def fused(self, x, lengths):
-        """`forward` of x that is zero past its lengths, with one kernel from conv to conv."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = reflect_bins(reflect_frames(x, lengths, self.reach), self.reach)
+        """`forward` with one kernel from conv to conv, and one for what the first conv reads."""
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        first, learns = self.blocks["convblock_0"].convs.conv_0, torch.is_grad_enabled()
+        if learns and x.requires_grad:
+            x = zero_padding(x, lengths).to(dtype)
+            y = first(reflect_bins(reflect_frames(x, lengths, self.reach), self.reach))
+        else:
+            size = first.conv.weight.shape[:1:-1]  # frames and bins
+            y = first.product(
+                norm_act_pad.patches(
+                    x, lengths, size, self.stride, self.reach, first.columns, dtype
+                )
+            )
         for i, block in enumerate(self.blocks.values(), start=1):
             parts = block.convs
             lengths = (lengths - 1) // self.stride + 1
             x = norm_act_pad.norm_act_pad(
-                parts.conv_0(x),
+                parts.conv_0(x) if i > 1 else y,
                 parts.norm_0.norm.weight,
                 parts.norm_0.norm.bias,
                 lengths,

@@ -15,7 +15,8 @@ def valid_frames(lengths, num_frames):
 def zero_padding(x, lengths):
     """Set every frame past its utterance's length to zero, even NaN: (B, T, ...) -> same."""
     valid = valid_frames(lengths, x.shape[1])
-    return x.masked_fill(~valid.view(*valid.shape, *[1] * (x.dim() - 2)), 0.0)
+    # Once over x; `masked_fill` copies it first.
+    return torch.where(valid.view(*valid.shape, *[1] * (x.dim() - 2)), x, 0.0)
 
 
 def absolute(relative_lengths, num_frames):

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from modules.frontend import ConvFrontend, reflect_bins, reflect_frames
 from modules.lengths import zero_padding
-from modules.ops.norm_act_pad import norm_act_pad
+from modules.ops.norm_act_pad import norm_act_pad, patches
 from tests.ops.interpreted import (
     DEVICE,
     assert_near,
@@ -29,7 +29,7 @@ OPTIONS = {"eps": 1e-5, "slope": 0.01}
 @installed
 @outside
 def test_in_the_interpreter():
-    assert run_in_the_interpreter(__file__) >= 17
+    assert run_in_the_interpreter(__file__) >= 26
 
 
 def tensors(B, T, bins, channels, dtype=torch.float32):
@@ -129,6 +129,32 @@ def test_padding_is_not_read():
     x = x.masked_fill(past, float("nan"))
     z = with_gradients(lambda *t: norm_act_pad(*t, lengths, reach=1, **OPTIONS), x, weight, bias)
     assert all(map(torch.equal, y, z))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("T", "bins", "size", "stride"), [(11, 5, 3, 2), (1, 2, 3, 2), (12, 80, 3, 2), (9, 7, 5, 3)]
+)
+def test_patches_equal_the_parts(T, bins, size, stride, dtype):
+    x, _, _, lengths = tensors(4, T, bins, 1)
+    x, reach = x.squeeze(3), size // 2
+    padding = zero_padding(torch.ones_like(x), lengths) == 0
+    padded = reflect_bins(reflect_frames(zero_padding(x, lengths), lengths, reach), reach)
+    expected = padded.unfold(1, size, stride).unfold(2, size, stride).flatten(3)
+    columns = size**2 // 8 * 8 + 8
+    expected = F.pad(expected, (0, columns - size**2), value=1.0).to(dtype)
+    x = x.masked_fill(padding, float("nan"))
+    got = patches(x, lengths, (size, size), stride, reach, columns, dtype)
+    # The interpreter cuts bfloat16 off where a GPU rounds.
+    torch.testing.assert_close(got, expected, rtol=0 if dtype == torch.float32 else 2**-7, atol=0)
+
+
+@runs_kernels
+def test_patches_of_an_utterance_without_frames():
+    x, lengths = torch.randn(2, 4, 6, device=DEVICE), torch.tensor([0, 4], device=DEVICE)
+    got = patches(x, lengths, (3, 3), 2, 1, 16, torch.float32)
+    assert not got[0, ..., :9].any() and (got[0, ..., 9:] == 1).all() and got[1, ..., :9].any()
 
 
 @installed

@@ -1,4 +1,7 @@
-"""What ends a block of the frontend: LayerNorm, leaky ReLU, dropout, the next block's padding."""
+"""What ends a block of the frontend: LayerNorm, leaky ReLU, dropout, the next block's padding.
+
+And what begins the first: an utterance's patches, whose product with the weights is a convolution.
+"""
 
 import os
 
@@ -32,6 +35,18 @@ def norm_act_pad(x, weight, bias, lengths, *, eps, slope, dropout=0.0, reach=0):
     from modules.ops.norm_act_pad.triton import NormActPad
 
     return NormActPad.apply(x, weight, bias, lengths, eps, slope, dropout, reach)
+
+
+def patches(x, lengths, kernel_size, stride, reach, columns, dtype):
+    """The patches that a convolution of one channel looks at, each utterance reflected at its ends.
+
+    x: (B, T, F), F > reach, without a gradient; lengths: (B,); kernel_size: frames and bins
+    -> (B, T', F', columns) in dtype: a patch's numbers, frame by frame, then ones. What lies past
+        an utterance's reflected end is zero.
+    """
+    from modules.ops.norm_act_pad.triton import patches
+
+    return patches(x, lengths, kernel_size, stride, reach, columns, dtype)
 
 
 def _dtype(x):

@@ -56,3 +56,25 @@ class NormActPad(torch.autograd.Function):
                 )
         dweight, dbias = sums.sum(0).to(weight.dtype)
         return dx, dweight, dbias, *[None] * 5
+
+
+def patches(x, lengths, kernel_size, stride, reach, columns, dtype):
+    """As `modules.ops.norm_act_pad.patches`."""
+    from modules.ops.norm_act_pad.triton_kernels import patches_kernel
+
+    B, T, F = x.shape
+    outputs, places = (
+        (size + 2 * reach - width) // stride + 1
+        for size, width in zip((T, F), kernel_size, strict=True)
+    )
+    out = x.new_empty(B, outputs, places, columns, dtype=dtype)
+    sizes = {"BINS": F, "REACH": reach, "STRIDE": stride, "PLACES": places, "COLUMNS": columns}
+    sizes |= {"TIME": kernel_size[0], "WIDE": kernel_size[1], "ROWS": ROWS}
+    if out.numel():
+        with torch.cuda.device_of(x):
+            patches_kernel[-(-outputs // ROWS), B](
+                *(x.contiguous(), lengths.contiguous(), out, T, outputs),
+                **sizes,
+                WIDTH=1 << (places * columns - 1).bit_length(),
+            )
+    return out

@@ -160,3 +160,32 @@ def backward_kernel(
     to = sums + tl.program_id(0).to(tl.int64) * (2 * SIZE) + e
     tl.store(to, dw, mask=mask)
     tl.store(to + SIZE, db, mask=mask)
+
+
+@triton.jit(do_not_specialize=["frames", "outputs"])
+def patches_kernel(
+    x, lengths, out, frames, outputs,
+    BINS: tl.constexpr, REACH: tl.constexpr, STRIDE: tl.constexpr, PLACES: tl.constexpr,
+    COLUMNS: tl.constexpr, TIME: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """ROWS frames of the result, each PLACES patches of TIME frames times WIDE bins, then ones."""
+    b = tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths + b).to(tl.int32)
+    last = tl.maximum(length - 1, 0)
+    e = tl.arange(0, WIDTH)
+    column = e % COLUMNS
+    of_patch = column < TIME * WIDE
+    bin = tl.abs(e // COLUMNS * STRIDE + column % WIDE - REACH)
+    bin = tl.where(bin >= BINS, 2 * BINS - 2 - bin, bin)
+    for k in range(ROWS):
+        row = tl.program_id(0) * ROWS + k
+        here = (e < PLACES * COLUMNS) & (row < outputs)
+        p = row * STRIDE + column // WIDE
+        t = p - REACH
+        t = tl.where(p < REACH, tl.minimum(REACH - p, last), t)
+        t = tl.where(t >= length, tl.maximum(last - 1 - (t - length), 0), t)
+        inside = here & of_patch & (p < length + 2 * REACH) & (length > 0)
+        value = tl.load(x + (b * frames + t) * BINS + bin, mask=inside, other=0.0)
+        value = tl.where(of_patch, value.to(tl.float32), 1.0).to(out.dtype.element_ty)
+        tl.store(out + (b * outputs + row) * (PLACES * COLUMNS) + e, value, mask=here)
