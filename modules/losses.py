@@ -112,6 +112,10 @@ def sequence_loss(log_probs, tokens, token_lengths, label_smoothing=0.0):
 
     log_probs (B, U, V), tokens (B, U) with 0 as padding, token_lengths (B,) -> scalar.
     """
+    if label_smoothing == 0:
+        # SpeechBrain's turns log_probs around for PyTorch's, which copies them forward and back.
+        loss = F.nll_loss(log_probs.flatten(0, 1), tokens.flatten().long(), reduction="none")
+        return zero_padding(loss.view_as(tokens), token_lengths).sum() / len(tokens)
     # Half a token less: SpeechBrain compares positions with the product of a relative length
     # and U, which in float32 may pass the count by a rounding error and let a padded token in.
     lengths = (token_lengths.to(torch.float32) - 0.5) / tokens.shape[1]
