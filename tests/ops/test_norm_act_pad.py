@@ -161,21 +161,26 @@ def test_patches_of_an_utterance_without_frames():
 @outside
 def test_nothing_is_spilled():
     """The first block of all sizes: 40 bins of 64 channels."""
+    from modules.ops.norm_act_pad.triton import REGISTERS, parts_of, warps_of
     from modules.ops.norm_act_pad.triton_kernels import backward_kernel, forward_kernel
+
+    assert parts_of(40 * 64) == (512, 5)
 
     pointers = {"keys": "i32", "out": "bf16", "dout": "bf16", "dx": "bf16", "x": "bf16"}
     constants = {
         "BINS": 40,
         "CHANNELS": 64,
         "REACH": 1,
-        "WIDTH": 4096,
+        "WIDTH": 512,
+        "PARTS": 5,
         "DROPS": True,
         "BIN": 64,
         "ROWS": 8,
     }
     constants |= {"slope": 0.01, "threshold": 0, "scale": 2.0, "eps": 1e-5}
-    for kernel in (forward_kernel, backward_kernel):
-        _, spilled, _ = compile_kernel(kernel, "bf16", constants, 8, **pointers)
+    for kernel, each, registers in ((forward_kernel, 20, None), (backward_kernel, 10, REGISTERS)):
+        warps = warps_of(512, 5, each)
+        _, spilled, _ = compile_kernel(kernel, "bf16", constants, warps, registers, **pointers)
         assert spilled == 0
 
 

@@ -25,16 +25,21 @@ class NormActPad(torch.autograd.Function):
         if dropout:
             keys.random_(-(2**31), 2**31 - 1)
         shared = (x, weight.contiguous(), bias.contiguous(), lengths.contiguous(), keys, stats)
-        sizes = {"BINS": F, "CHANNELS": C, "REACH": reach, "WIDTH": 1 << (F * C - 1).bit_length()}
+        width, parts = parts_of(F * C)
+        sizes = {"BINS": F, "CHANNELS": C, "REACH": reach, "WIDTH": width, "PARTS": parts}
         scale = 1 / (1 - dropout) if dropout < 1 else 0.0
         numbers = (T, B, slope, int(2**32 * dropout) - 2**31, scale)
-        sizes |= {"DROPS": dropout > 0, "num_warps": min(max(sizes["WIDTH"] // 512, 1), 16)}
+        sizes |= {"DROPS": dropout > 0}
         if x.numel():
             # Triton launches on the current device, whatever the tensors' own.
             with torch.cuda.device_of(x):
                 grid = -(-out.shape[1] // ROWS), B
                 block = max(1 << (C - 1).bit_length(), 16)
-                forward_kernel[grid](*shared, out, *numbers, eps, BIN=block, ROWS=ROWS, **sizes)
+                forward_kernel[grid](
+                    *(*shared, out, *numbers, eps),
+                    **(sizes | {"BIN": block, "ROWS": ROWS}),
+                    num_warps=warps_of(width, parts, 20),
+                )
         ctx.save_for_backward(*shared)
         ctx.numbers, ctx.sizes = numbers, sizes
         return out
@@ -52,10 +57,25 @@ class NormActPad(torch.autograd.Function):
                 backward_kernel[(programs,)](
                     *(*shared, dout.contiguous(), dx, sums, *ctx.numbers),
                     **ctx.sizes,
+                    num_warps=warps_of(ctx.sizes["WIDTH"], ctx.sizes["PARTS"], 10),
                     maxnreg=REGISTERS,
                 )
         dweight, dbias = sums.sum(0).to(weight.dtype)
         return dx, dweight, dbias, *[None] * 5
+
+
+def parts_of(size):
+    """-> width, parts: a row's numbers in up to seven parts of a power of two"""
+    whole = 1 << (size - 1).bit_length()
+    width = max(size & -size, 16)  # the largest power of two that divides them
+    parts = -(-size // width)
+    return (width, parts) if parts < 8 else (whole, 1)
+
+
+def warps_of(width, parts, each):
+    """So many that a thread has about `each` numbers of a row, and of each part one or more."""
+    wanted = 1 << max(width * parts // (32 * each), 1).bit_length() - 1
+    return min(wanted, max(width // 32, 1), 16)
 
 
 def patches(x, lengths, kernel_size, stride, reach, columns, dtype):

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 - Triton knows tuples only to add them
 """Triton kernels over frames (F, C) of an utterance, rows of F C numbers; arithmetic is float32."""
 
 import triton
@@ -24,12 +25,10 @@ def kept(keys, row, e, threshold, SIZE: tl.constexpr):
 
 @triton.jit
 def ending(
-    value, row, e, mask, weight, bias, keys, mean, deviation, slope, threshold, scale,
+    value, row, e, w, shift, keys, mean, deviation, slope, threshold, scale,
     SIZE: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
-    """What becomes of elements e of a row."""
-    w = tl.load(weight + e, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.load(bias + e, mask=mask, other=0.0).to(tl.float32)
+    """What becomes of elements e of a row, of weights w and shift."""
     y = (value - mean) * deviation * w + shift
     y = tl.where(y > 0, y, y * slope)
     if DROPS:
@@ -37,22 +36,32 @@ def ending(
     return y
 
 
+@triton.jit
+def load_parts(row, SIZE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """A row in PARTS of WIDTH numbers, which waste fewer threads than a power of two of them."""
+    parts = ()
+    for i in tl.static_range(PARTS):
+        e = i * WIDTH + tl.arange(0, WIDTH)
+        parts = parts + (tl.load(row + e, mask=e < SIZE, other=0.0).to(tl.float32),)
+    return parts
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     x, weight, bias, lengths, keys, stats, out,
     frames, utterances, slope, threshold, scale, eps,
     BINS: tl.constexpr, CHANNELS: tl.constexpr, REACH: tl.constexpr, WIDTH: tl.constexpr,
-    DROPS: tl.constexpr, BIN: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, DROPS: tl.constexpr, BIN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS frames of the result, each from the frame that it repeats."""
     SIZE: tl.constexpr = BINS * CHANNELS
     b = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + b).to(tl.int32)
     last = tl.maximum(length - 1, 0)
-    e = tl.arange(0, WIDTH)
-    mask = e < SIZE
     c = tl.arange(0, BIN)
     padded = frames + 2 * REACH
+    w = load_parts(weight, SIZE, WIDTH, PARTS)
+    shift = load_parts(bias, SIZE, WIDTH, PARTS)
     for k in range(ROWS):
         p = tl.program_id(0) * ROWS + k
         here = p < padded
@@ -61,18 +70,29 @@ def forward_kernel(
         t = tl.where(t >= length, tl.maximum(last - 1 - (t - length), 0), t)
         inside = here & (p < length + 2 * REACH) & (length > 0)
         row = b * frames + t
-        value = tl.load(x + row * SIZE + e, mask=mask & inside, other=0.0).to(tl.float32)
-        mean = tl.sum(value, axis=0) / SIZE
-        centred = tl.where(mask, value - mean, 0.0)
-        deviation = tl.rsqrt(tl.sum(centred * centred, axis=0) / SIZE + eps)
+        values = ()
+        total = tl.zeros((WIDTH,), tl.float32)
+        for i in tl.static_range(PARTS):
+            e = i * WIDTH + tl.arange(0, WIDTH)
+            value = tl.load(x + row * SIZE + e, mask=(e < SIZE) & inside, other=0.0)
+            values = values + (value.to(tl.float32),)
+            total += values[i]
+        mean = tl.sum(total, axis=0) / SIZE
+        squares = tl.zeros((WIDTH,), tl.float32)
+        for i in tl.static_range(PARTS):
+            centred = tl.where(i * WIDTH + tl.arange(0, WIDTH) < SIZE, values[i] - mean, 0.0)
+            squares += centred * centred
+        deviation = tl.rsqrt(tl.sum(squares, axis=0) / SIZE + eps)
         own = inside & (p == t + REACH)
         tl.store(stats + row, mean, mask=own)
         tl.store(stats + utterances * frames + row, deviation, mask=own)
-        numbers = (weight, bias, keys, mean, deviation, slope, threshold, scale)
-        y = ending(value, row, e, mask, *numbers, SIZE, DROPS)
-        y = tl.where(inside, y, 0.0).to(out.dtype.element_ty)
+        numbers = (keys, mean, deviation, slope, threshold, scale)
         target = out + (b * padded + p) * ((BINS + 2 * REACH) * CHANNELS)
-        tl.store(target + REACH * CHANNELS + e, y, mask=mask & here)
+        for i in tl.static_range(PARTS):
+            e = i * WIDTH + tl.arange(0, WIDTH)
+            y = ending(values[i], row, e, w[i], shift[i], *numbers, SIZE, DROPS)
+            y = tl.where(inside, y, 0.0).to(out.dtype.element_ty)
+            tl.store(target + REACH * CHANNELS + e, y, mask=(e < SIZE) & here)
         # The bins that mirror others, a few: these are made again.
         for i in tl.static_range(REACH):
             for high in tl.static_range(2):
@@ -81,7 +101,11 @@ def forward_kernel(
                 e_bin = bin * CHANNELS + c
                 inner = c < CHANNELS
                 value = tl.load(x + row * SIZE + e_bin, mask=inner & inside, other=0.0)
-                y = ending(value.to(tl.float32), row, e_bin, inner, *numbers, SIZE, DROPS)
+                w_bin = tl.load(weight + e_bin, mask=inner, other=0.0).to(tl.float32)
+                shift_bin = tl.load(bias + e_bin, mask=inner, other=0.0).to(tl.float32)
+                y = ending(
+                    value.to(tl.float32), row, e_bin, w_bin, shift_bin, *numbers, SIZE, DROPS
+                )
                 y = tl.where(inside, y, 0.0).to(out.dtype.element_ty)
                 tl.store(target + image * CHANNELS + c, y, mask=inner & here)
 
@@ -108,14 +132,18 @@ def backward_kernel(
     x, weight, bias, lengths, keys, stats, dout, dx, sums,
     frames, utterances, slope, threshold, scale,
     BINS: tl.constexpr, CHANNELS: tl.constexpr, REACH: tl.constexpr, WIDTH: tl.constexpr,
-    DROPS: tl.constexpr,
+    PARTS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """Every so-manieth frame's dx; sums (programs, 2, F C): the gradients of weight and bias."""
     SIZE: tl.constexpr = BINS * CHANNELS
-    e = tl.arange(0, WIDTH)
-    mask = e < SIZE
-    dw = tl.zeros((WIDTH,), tl.float32)
-    db = tl.zeros((WIDTH,), tl.float32)
+    stride: tl.constexpr = (BINS + 2 * REACH) * CHANNELS
+    w = load_parts(weight, SIZE, WIDTH, PARTS)
+    shift = load_parts(bias, SIZE, WIDTH, PARTS)
+    dw = ()
+    db = ()
+    for _ in tl.static_range(PARTS):
+        dw = dw + (tl.zeros((WIDTH,), tl.float32),)
+        db = db + (tl.zeros((WIDTH,), tl.float32),)
     row = tl.program_id(0).to(tl.int64)
     rows = utterances * frames
     for _ in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -125,41 +153,66 @@ def backward_kernel(
         last = tl.maximum(length - 1, 0)
         inside = t < length
         start = b * (frames + 2 * REACH)
-        stride: tl.constexpr = (BINS + 2 * REACH) * CHANNELS
-        g = load_gradient(
-            dout + (start + t + REACH) * stride, e, mask, inside, BINS, CHANNELS, REACH
-        )
-        for k in tl.static_range(REACH):
-            before = inside & (tl.minimum(k + 1, last) == t)
-            if before:
-                g += load_gradient(
-                    dout + (start + REACH - 1 - k) * stride, e, mask, before, BINS, CHANNELS, REACH
-                )
-            after = inside & (tl.maximum(last - 1 - k, 0) == t)
-            if after:
-                g += load_gradient(
-                    dout + (start + REACH + length + k) * stride,
-                    *(e, mask, after, BINS, CHANNELS, REACH),
-                )
         mean = tl.load(stats + row, mask=inside, other=0.0)
         deviation = tl.load(stats + utterances * frames + row, mask=inside, other=0.0)
-        value = tl.load(x + row * SIZE + e, mask=mask & inside, other=0.0).to(tl.float32)
-        value = tl.where(mask & inside, (value - mean) * deviation, 0.0)
-        if DROPS:
-            g = tl.where(kept(keys, row, e, threshold, SIZE), g * scale, 0.0)
-        w = tl.load(weight + e, mask=mask, other=0.0).to(tl.float32)
-        shift = tl.load(bias + e, mask=mask, other=0.0).to(tl.float32)
-        g = tl.where(value * w + shift > 0, g, g * slope)
-        dw += g * value
-        db += g
-        g = g * w
-        along = tl.sum(g * value, axis=0) / SIZE
-        g = (g - tl.sum(g, axis=0) / SIZE - value * along) * deviation
-        tl.store(dx + row * SIZE + e, g.to(dx.dtype.element_ty), mask=mask)
+        values = ()
+        gradients = ()
+        for i in tl.static_range(PARTS):  # all loads before what waits for them
+            e = i * WIDTH + tl.arange(0, WIDTH)
+            value = tl.load(x + row * SIZE + e, mask=(e < SIZE) & inside, other=0.0)
+            g = load_gradient(
+                dout + (start + t + REACH) * stride,
+                *(e, e < SIZE, inside, BINS, CHANNELS, REACH),
+            )
+            for k in tl.static_range(REACH):
+                before = inside & (tl.minimum(k + 1, last) == t)
+                if before:
+                    g += load_gradient(
+                        dout + (start + REACH - 1 - k) * stride,
+                        *(e, e < SIZE, before, BINS, CHANNELS, REACH),
+                    )
+                after = inside & (tl.maximum(last - 1 - k, 0) == t)
+                if after:
+                    g += load_gradient(
+                        dout + (start + REACH + length + k) * stride,
+                        *(e, e < SIZE, after, BINS, CHANNELS, REACH),
+                    )
+            values = values + (value.to(tl.float32),)
+            gradients = gradients + (g,)
+        total = tl.zeros((WIDTH,), tl.float32)
+        along = tl.zeros((WIDTH,), tl.float32)
+        normed = ()
+        weighted = ()
+        new_dw = ()
+        new_db = ()
+        for i in tl.static_range(PARTS):
+            e = i * WIDTH + tl.arange(0, WIDTH)
+            value = tl.where((e < SIZE) & inside, (values[i] - mean) * deviation, 0.0)
+            g = gradients[i]
+            if DROPS:
+                g = tl.where(kept(keys, row, e, threshold, SIZE), g * scale, 0.0)
+            g = tl.where(value * w[i] + shift[i] > 0, g, g * slope)
+            new_dw = new_dw + (dw[i] + g * value,)
+            new_db = new_db + (db[i] + g,)
+            g = g * w[i]
+            along += g * value
+            total += g
+            normed = normed + (value,)
+            weighted = weighted + (g,)
+        dw = new_dw
+        db = new_db
+        share = tl.sum(along, axis=0) / SIZE
+        shared = tl.sum(total, axis=0) / SIZE
+        for i in tl.static_range(PARTS):
+            e = i * WIDTH + tl.arange(0, WIDTH)
+            g = (weighted[i] - shared - normed[i] * share) * deviation
+            tl.store(dx + row * SIZE + e, g.to(dx.dtype.element_ty), mask=e < SIZE)
         row += tl.num_programs(0)
-    to = sums + tl.program_id(0).to(tl.int64) * (2 * SIZE) + e
-    tl.store(to, dw, mask=mask)
-    tl.store(to + SIZE, db, mask=mask)
+    to = sums + tl.program_id(0).to(tl.int64) * (2 * SIZE)
+    for i in tl.static_range(PARTS):
+        e = i * WIDTH + tl.arange(0, WIDTH)
+        tl.store(to + e, dw[i], mask=e < SIZE)
+        tl.store(to + SIZE + e, db[i], mask=e < SIZE)
 
 
 @triton.jit(do_not_specialize=["frames", "outputs"])
