@@ -190,11 +190,22 @@ def convolution(batch, channels, frames, width=4, dtype=torch.bfloat16):
     backend.bidirectional_conv1d(x, weights, biases, lengths, "silu").sum().backward()
 
 
+def paths(batch, frames, labels):
+    """The sums over CTC's paths; a pass through their loop is four frames."""
+    from modules.ops.ctc import triton as backend
+
+    scores = torch.zeros(batch, frames, labels + 1)
+    tokens = torch.zeros(batch, labels, dtype=torch.long)
+    lengths, counts = torch.full((batch,), frames), torch.full((batch,), labels)
+    backend.ctc(scores, tokens, lengths, counts, 0, needs_grad=False)
+
+
 CALLS = {
     "scan": lambda: scan(False, 32, 1024, 400),
     "both": lambda: scan(True, 32, 1024, 400),
     "hour": lambda: scan(False, 1, 1024, 45000),
     "conv": lambda: convolution(32, 1024, 400),
+    "ctc": lambda: paths(32, 400, 60),
 }
 
 
@@ -204,7 +215,7 @@ def parse():
     )
     parser.add_argument(
         "--calls", nargs="+", choices=CALLS, default=list(CALLS),
-        help="the scan in one direction, in both, of an hour in pieces; the convolution",
+        help="the scan in one direction, in both, of an hour in pieces; convolution; CTC's paths",
     )  # fmt: skip
     parser.add_argument("--latency", type=int, default=280, help="cycles until memory answers")
     parser.add_argument("--waits", type=int, default=3, help="how many waits to name a loop")

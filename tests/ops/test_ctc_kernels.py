@@ -25,7 +25,7 @@ from tests.ops.interpreted import (
 @installed
 @outside
 def test_in_the_interpreter():
-    assert run_in_the_interpreter(__file__) >= 17
+    assert run_in_the_interpreter(__file__) >= 25
 
 
 def utterances(B, T, U, C, kinds, seed=0, blank=0):
@@ -64,6 +64,24 @@ def compare(scores, labels, lengths, label_lengths, blank=0, tolerance=1e-4):
 def test_equals_pytorch_in_double(size, blank):
     found = torch.cat([compare(*utterances(*size, s, blank), blank) for s in range(3)])
     assert found.any()
+
+
+@runs_kernels
+@pytest.mark.parametrize("count", [1, 63, 64, 65])
+def test_as_many_labels_as_a_block_holds(count):
+    """And one more or less; the last blank of 64 labels takes a second warp."""
+    assert compare(*utterances(1, count + 10, count, count + 2, count + 2)).all()
+
+
+@runs_kernels
+def test_a_long_utterance():
+    """Posteriors are parts of their frame's total, in which most of the rounding cancels."""
+    batch = utterances(1, 200, 20, 20, 20)
+    (_, expected), (_, grad) = (
+        ctc(scores, *batch[1:], 0, backend=backend)
+        for scores, backend in ((batch[0], "torch"), (batch[0].float(), "triton"))
+    )
+    assert (grad - expected).abs().max() < float32_error(*batch) / 4
 
 
 @runs_kernels
@@ -112,6 +130,18 @@ def test_nan_stays_in_its_utterance():
     loss, grad = ctc(scores.float(), labels, lengths, label_lengths, 0, backend="triton")
     assert loss.isnan().tolist() == [False, True, False]
     assert grad.isnan().flatten(1).any(1).tolist() == [False, True, False]
+
+
+@runs_kernels
+@pytest.mark.parametrize("label", range(3))
+def test_nan_of_one_label(label):
+    """Is in the loss, though there are paths beside it."""
+    scores, _, lengths, label_lengths = utterances(3, 8, 3, 5, 5)
+    labels = torch.tensor([1, 2, 3], device=DEVICE).repeat(3, 1)
+    lengths[:], label_lengths[:] = 8, 3
+    scores[1, 4, label + 1] = math.nan
+    loss, _ = ctc(scores.float(), labels, lengths, label_lengths, 0, backend="triton")
+    assert loss.isnan().tolist() == [False, True, False]
 
 
 @runs_kernels
@@ -164,16 +194,30 @@ def test_shapes_that_do_not_fit():
 
 @installed
 @outside
-@pytest.mark.parametrize("states", [32, 512])
-def test_nothing_is_spilled(states):
-    """Characters of an utterance of 16 s are 481 states."""
+@pytest.mark.parametrize(("pairs", "warps"), [(32, 1), (128, 4), (512, 8)])
+def test_nothing_is_spilled(pairs, warps):
+    """Tokens of an utterance of 16 s, its characters, and those of a minute."""
     from modules.ops.ctc.triton_kernels import paths_kernel, posterior_kernel
 
     pointers = {"labels": "i64", "label_lengths": "i64"}
-    for kernel, warps in ((paths_kernel, max(states // 128, 1)), (posterior_kernel, 1)):
-        constants = {"ENDS": 2, "STATES": states}
-        _, spilled, _ = compile_kernel(kernel, "fp32", constants, warps, **pointers)
+    constants = {"ENDS": 2, "PAIRS": pairs, "LABELS": 2 * pairs, "COLUMNS": 64}
+    for kernel, of_kernel in ((paths_kernel, warps), (posterior_kernel, 1)):
+        _, spilled, _ = compile_kernel(kernel, "fp32", constants, of_kernel, **pointers)
         assert spilled == 0
+
+
+@installed
+@outside
+def test_one_warp_exchanges_by_shuffles():
+    """What waits for memory or a barrier in every frame takes eight times longer."""
+    from modules.ops.ctc.triton_kernels import paths_kernel
+
+    pointers = {"labels": "i64", "label_lengths": "i64"}
+    constants = {"ENDS": 1, "PAIRS": 32}
+    _, _, ptx = compile_kernel(paths_kernel, "fp32", constants, 1, **pointers)
+    assert ptx.count("shfl.sync") == 4  # in a loop of four frames
+    assert ptx.count("bar.sync") == 1  # before the loss
+    assert "st.shared" not in ptx
 
 
 def float32_error(scores, labels, lengths, label_lengths):

@@ -24,22 +24,24 @@ def ctc(scores, labels, lengths, label_lengths, blank, needs_grad):
     (B, T, C), U = scores.shape, labels.shape[1]
     scores, labels = scores.contiguous(), labels.contiguous()
     lengths, label_lengths = lengths.contiguous(), label_lengths.contiguous()
-    states, ends = 2 * U + 1, 2 if needs_grad else 1
-    sums = scores.new_empty(B, ends, T, states)
+    ends, pairs = 2 if needs_grad else 1, U // 2 + 1  # the last blank may be one's alone
+    sums = scores.new_empty(B, ends, T, 4 * pairs)
     losses = scores.new_empty(B)
     shared = (scores, labels, lengths, label_lengths, sums, losses)
-    sizes, block = (T, C, U, blank), max(1 << (states - 1).bit_length(), 32)
+    sizes, block = (T, C, U, blank), power_of_two(pairs)
     # Triton launches on the current device, whatever the tensors' own.
     with torch.cuda.device_of(scores):
-        warps = min(max(block // 128, 1), 8)
+        # A pair a thread while there are threads: two take longer than warps wait for each other.
+        warps = min(block // 32, 8)
         paths_kernel[(B, ends)](
-            *shared, *sizes, ENDS=ends, STATES=block, num_warps=warps, num_stages=1
+            *shared, *sizes, ENDS=ends, PAIRS=block, num_warps=warps, num_stages=1
         )
         if not needs_grad:
             return losses, None
         grad = torch.empty_like(scores)
-        # One warp, whose sums over states need no shared memory.
-        posterior_kernel[(T, B)](*shared, grad, *sizes, STATES=block, num_warps=1, num_stages=1)
+        blocks = {"LABELS": power_of_two(U + 1), "COLUMNS": min(power_of_two(C), 128)}
+        # One warp, whose sums need no shared memory.
+        posterior_kernel[(T, B)](*shared, grad, *sizes, **blocks, num_warps=1, num_stages=1)
     return losses, grad
 
 
@@ -62,6 +64,11 @@ def scaled_softmax(logits, normalizers, factors):
     grid = factors.numel(), -(-logits.shape[2] // COLUMNS)
     _launch(scaled_softmax_kernel, grid, (logits, normalizers, factors, out))
     return out
+
+
+def power_of_two(least):
+    """The next one, from a warp's threads."""
+    return max(1 << (least - 1).bit_length(), 32)
 
 
 def _launch(kernel, grid, tensors):
