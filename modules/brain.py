@@ -167,11 +167,8 @@ class ASRBrain(TrainingBrain):
         if not self.compile or self.compile_module_keys:
             super()._compile()
             return
-        # With checkpointing the compiler may make cuDNN's attention again in the backward pass
-        # (PyTorch 2.11), which drops other weights: the decoder's must not be compiled then.
-        checkpointing = self.modules.encoder.gradient_checkpointing
         compile_layers(self.modules.encoder)
-        if "decoder" in self.modules and not checkpointing:
+        if "decoder" in self.modules:
             compile_layers(self.modules.decoder)
         if self.compile_mode == "reduce-overhead":
             self.graphs, self.evaluation_graphs = graphs_for(self)

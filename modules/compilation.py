@@ -26,16 +26,19 @@ def compile_layers(network, backend="inductor"):
     """Compile the layers of an encoder, or of a decoder for teacher forcing.
 
     For batches of any size; what is compiled for one layer serves all. With the encoder's
-    `gradient_checkpointing` a compiled layer keeps what its matrix products gave, and makes the
+    `gradient_checkpointing` a compiled layer keeps little (`modules.recomputation`) and makes the
     rest again in the backward pass, fused with what needs it. A search's `advance` stays as it is.
     backend: torch.compile's.
     """
     # With and without gradients, in each precision, for one utterance and for more.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     if getattr(network, "gradient_checkpointing", False):
-        # To PyTorch all but products is free to make again, which anything below 1 allows.
-        torch._functorch.config.activation_memory_budget = 0.99
         network.gradient_checkpointing = False  # not once more around the layers
+        for layer in network.layers:
+            layer.recomputes = True
+        # A module's float, dropout's probability, is an input of a graph of all sizes, and what
+        # AOTAutograd (2.11) computes with it loses its mark of what to make again.
+        torch._dynamo.config.specialize_float = True
     if next(network.parameters()).is_cuda:  # elsewhere dropout is PyTorch's
         draw_together(network)
     for layer in network.layers:

@@ -51,7 +51,8 @@ class Encoder(nn.Module):
     initialization : str
         "mamba" or "published", see `modules.initialization`.
     gradient_checkpointing : bool
-        Recompute each layer in the backward pass: less memory, a third more work.
+        Recompute each layer in the backward pass: less memory, a third more work. Compiled layers
+        recompute in part, see `modules.recomputation`.
     """
 
     def __init__(

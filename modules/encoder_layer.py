@@ -11,6 +11,7 @@ from modules.activation import build_activation
 from modules.dropout import Dropout
 from modules.ops.causal_conv1d import causal_conv1d
 from modules.ops.depthwise_conv1d import depthwise_conv1d
+from modules.recomputation import recompute
 
 
 class FeedForward(nn.Sequential):
@@ -93,7 +94,12 @@ class DropPath(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """x + 1/2 FFN; x + mixer; x + conv; x + 1/2 FFN; norm: (B, T, D) -> (B, T, D)."""
+    """x + 1/2 FFN; x + mixer; x + conv; x + 1/2 FFN; norm: (B, T, D) -> (B, T, D).
+
+    Set `recomputes` before it is compiled, to have it keep less in training.
+    """
+
+    recomputes = False
 
     def __init__(
         self,
@@ -127,6 +133,11 @@ class EncoderLayer(nn.Module):
 
         chunk: for the mixer; the `chunk.ahead` frames at x's end are not returned.
         """
+        if self.recomputes and self.training:
+            return recompute(self._forward, x, lengths, state, chunk)
+        return self._forward(x, lengths, state, chunk)
+
+    def _forward(self, x, lengths, state, chunk):
         mixer_state, conv_state = (None, None) if state is None else state
         drop = self.drop_path
         x = x + 0.5 * drop(self.ffn1(self.ffn1_norm(x)))
