@@ -1,7 +1,7 @@
 """Fourier transforms of few sizes.
 
-On a GPU every number of rows and of points is a plan of cuFFT's, which takes tens of milliseconds
-to make and for which the host waits; and batches of speech hardly ever have one size twice.
+On a GPU every number of rows and of points is a plan of cuFFT's. While it makes one, the host waits
+until the device has done all its work; and batches of speech hardly ever have one size twice.
 """
 
 import torch
