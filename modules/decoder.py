@@ -81,7 +81,7 @@ class TransformerDecoderLayer(nn.Module):
         self.cross_attention = CachedAttention(d_model, num_heads, dropout)
         self.ffn_norm = nn.LayerNorm(d_model, eps=1e-6)
         self.ffn = FeedForward(d_model, d_ffn, activation, dropout)
-        self.dropout = Dropout(dropout)
+        self.self_dropout, self.cross_dropout = Dropout(dropout), Dropout(dropout)
 
     def forward(self, x, lengths, memory, memory_lengths):
         """x (B, U, D), lengths (B,), memory (B, T, D), memory_lengths (B,) -> (B, U, D)."""
@@ -110,8 +110,8 @@ class TransformerDecoderLayer(nn.Module):
             causal = torch.ones(x.shape[1], new_keys.shape[2], dtype=torch.bool, device=x.device)
             causal = causal.tril(past)
         y = self.self_attention(y, new_keys, new_values, causal, is_causal=not past)
-        x = x + self.dropout(y)
-        x = x + self.dropout(self.cross_attention(self.cross_norm(x), keys, values, mask))
+        x = x + self.self_dropout(y)
+        x = x + self.cross_dropout(self.cross_attention(self.cross_norm(x), keys, values, mask))
         x = x + self.ffn(self.ffn_norm(x))
         return x, (new_keys, new_values, keys, values, mask)
 

@@ -11,7 +11,7 @@ class Dropout(nn.Dropout):
     one is used. A feed-forward module's activation and dropout took four times what their bytes do.
     """
 
-    keys = None  # of its own, where `draw_together` draws them; else each pass draws two
+    keys = None  # of this pass, where `draw_together` draws them; else it draws two itself
 
     def forward(self, x):
         """x of any shape -> the same shape."""
@@ -24,23 +24,24 @@ class Dropout(nn.Dropout):
 def draw_together(network):
     """Draw the random numbers of all dropouts of a network at once, before each of its passes.
 
-    Two launches in place of one each. Between a pass and its backward pass there may be no other,
-    which autograd tells by an error.
+    Two launches in place of one each. A module is one dropout: used twice in a pass, it would drop
+    the same elements twice.
     """
     network.dropouts = [m for m in network.modules() if isinstance(m, Dropout) and 0 < m.p < 1]
-    device = next(network.parameters()).device
-    for dropout in network.dropouts:
-        # Each in memory of its own: code compiled for one layer would not serve another whose
-        # tensor begins elsewhere in a common one.
-        dropout.keys = torch.zeros(2, 1, dtype=torch.int32, device=device)
     if network.dropouts:
         network.register_forward_pre_hook(_draw)
 
 
 def _draw(network, inputs):
-    if network.training:
-        keys = [dropout.keys for dropout in network.dropouts]
-        torch._foreach_copy_(keys, list(draw_keys(keys[0], len(keys))))
+    if not network.training:
+        return
+    drawn = draw_keys(next(network.parameters()), len(network.dropouts))
+    # Each in memory of its own: code compiled for one layer would not serve another whose tensor
+    # begins elsewhere in a common one. New ones, as a backward pass may still need the last.
+    keys = [torch.empty_like(pair) for pair in drawn]
+    torch._foreach_copy_(keys, list(drawn))
+    for dropout, pair in zip(network.dropouts, keys, strict=True):
+        dropout.keys = pair
 
 
 def keep(x, p, keys=None):

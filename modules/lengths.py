@@ -16,7 +16,7 @@ def zero_padding(x, lengths):
     """Set every frame past its utterance's length to zero, even NaN: (B, T, ...) -> same."""
     valid = valid_frames(lengths, x.shape[1])
     # Once over x; `masked_fill` copies it first.
-    return torch.where(valid.view(*valid.shape, *[1] * (x.dim() - 2)), x, 0.0)
+    return torch.where(valid.view(*valid.shape, *[1] * (x.dim() - 2)), x, 0)
 
 
 def absolute(relative_lengths, num_frames):

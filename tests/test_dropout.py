@@ -1,11 +1,16 @@
 """Compiled dropout: elements are dropped as often as they should be, and independently."""
 
 import copy
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 
+from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
 from modules.dropout import Dropout, draw_together, keep, scramble
+from modules.encoder import Encoder
+from modules.mamba import BiMamba
 
 SIZE = 2**20
 
@@ -86,7 +91,6 @@ def three_dropouts():
 
 def test_numbers_drawn_together_are_each_dropouts_own_and_new_each_time():
     network, x = three_dropouts(), torch.ones(8, 64)
-    assert network[2].keys is None
     seen = []
     for _ in range(2):
         y = network(x)
@@ -95,8 +99,9 @@ def test_numbers_drawn_together_are_each_dropouts_own_and_new_each_time():
         assert 0 < (first & last).sum() < first.sum() < x.numel()
         seen.append(y)
     assert not torch.equal(*seen)
-    before = network[1].keys.clone()
-    assert torch.equal(network.eval()(x), x) and torch.equal(network[1].keys, before)
+    assert network[2].keys is None
+    before = network[1].keys
+    assert torch.equal(network.eval()(x), x) and network[1].keys is before
 
 
 def test_numbers_drawn_together_repeat_with_the_generator():
@@ -111,14 +116,14 @@ def test_a_copy_draws_for_itself():
     network, x = three_dropouts(), torch.ones(8, 64)
     other = copy.deepcopy(network)
     network(x)
-    before = network[1].keys.clone()
+    before = network[1].keys
     first, second = other(x), other(x)
     assert not torch.equal(first, second)
-    assert torch.equal(network[1].keys, before)
+    assert network[1].keys is before
 
 
-def test_a_pass_between_another_and_its_backward_pass_is_an_error():
-    class Scaled(torch.autograd.Function):
+def test_a_pass_keeps_its_numbers_for_its_backward_pass():
+    class Again(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, keys):
             ctx.save_for_backward(keys)
@@ -128,11 +133,35 @@ def test_a_pass_between_another_and_its_backward_pass_is_an_error():
         def backward(ctx, gradient):
             return gradient * keep(gradient, 0.3, *ctx.saved_tensors), None
 
-    network, x = three_dropouts(), torch.ones(8, 64)
-    y = Scaled.apply(network(x), network[1].keys)
-    network(x)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+    network, x = three_dropouts(), torch.ones(8, 64, requires_grad=True)
+    network.eval()(x)
+    assert network[1].keys is None
+    network.train()(x)
+    y = Again.apply(x, network[1].keys)
+    network(x)  # another pass before the first one's backward pass
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+
+
+@pytest.mark.parametrize("network", ["encoder", "transformer", "mamba"])
+def test_every_dropout_of_a_network_is_used_once(network):
+    """Used twice in a pass, it would drop the same elements twice (`draw_together`)."""
+    lengths, memory = torch.tensor([9, 5]), torch.randn(2, 9, 8)
+    if network == "encoder":
+        module = Encoder(8, 8, 32, 2, partial(BiMamba, d_state=2), dropout=0.3, mixer_dropout=0.3)
+        inputs = memory, lengths
+    else:
+        layer = {"transformer": TransformerDecoderLayer, "mamba": MambaDecoderLayer}[network]
+        options = {"num_heads": 2} if network == "transformer" else {"d_state": 2}
+        layer = partial(layer, dropout=0.3, **options)
+        module = Decoder(11, 8, 32, 2, layer)
+        inputs = torch.randint(1, 11, (2, 4)), torch.tensor([4, 2]), memory, lengths
+    uses = Counter()
+    for name, part in module.named_modules():
+        if isinstance(part, Dropout):
+            part.register_forward_hook(lambda *_, name=name: uses.update([name]))
+    module(*inputs)
+    assert uses and set(uses.values()) == {1}, uses
 
 
 @pytest.mark.gpu

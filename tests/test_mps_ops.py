@@ -194,6 +194,7 @@ def test_decoder(name, trace):
 
 def test_from_waveform_to_frontend(trace):
     fbank, normalize, frontend = Features(n_fft=512), InputNormalization(), ConvFrontend()
+    fbank.mels = fbank.short_mels  # as elsewhere than on a CPU
     with trace:
         x, lengths = fbank(torch.randn(2, 16000), torch.tensor([16000, 8000]))
         x = normalize(x, lengths / 101, epoch=0)
