@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import compiled_loop, measure, scan
+from benchmarks import compiled_loop, measure, memory, scan
 from modules.ops.selective_scan import selective_scan
 from tests.recipes import runs
 
@@ -196,6 +196,48 @@ def test_a_failed_row_tells_why(capsys):
     assert lines[2].split(maxsplit=1) == ["two", "ValueError: no such layer"]
 
 
+def test_memory_at_the_most():
+    def event(action, address, size=0, line=0):
+        frames = [
+            {"filename": "/opt/site-packages/torch/nn.py", "line": 1, "name": "forward"},
+            {"filename": f"{ROOT}/modules/encoder.py", "line": line, "name": "forward"},
+        ]
+        return {"action": action, "addr": address, "size": size, "frames": frames}
+
+    events = [
+        event("alloc", 1, 5_000_000, 10),
+        event("free_requested", 1),
+        event("free_completed", 1),
+        event("alloc", 2, 3_000_000, 20),
+        event("alloc", 3, 3_000_000, 20),
+        event("segment_alloc", 99, 10**9),
+        event("alloc", 4, 2_000_000, 30),
+        event("free_completed", 2),
+        event("alloc", 5, 1_000_000, 40),
+    ]
+    most, tensors = memory.at_most(events)
+    assert most == 8_000_000
+    assert memory.rows_of(tensors) == [
+        {"mb": 6.0, "number": 2, "place": "encoder.py:20:forward"},
+        {"mb": 2.0, "number": 1, "place": "encoder.py:30:forward"},
+    ]
+    graphs = memory.of_graphs(
+        [
+            {"address": 0, "total_size": 4, "segment_pool_id": (0, 0)},
+            {"address": 4, "total_size": 2, "segment_pool_id": (0, 1)},
+        ]
+    )
+    most, tensors = memory.at_most(events, graphs)
+    assert most == 3_000_000 and [size for size, _ in tensors] == [2_000_000, 1_000_000]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is what it needs")
+def test_memory_needs_a_gpu():
+    command = [sys.executable, "benchmarks/memory.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: there is no CUDA device")
+
+
 def test_help_shows_how_to_run():
     """`--help` prints a script's docstring."""
     for script in (
@@ -203,6 +245,7 @@ def test_help_shows_how_to_run():
         "training",
         "inference",
         "loading",
+        "memory",
         "epochs",
         "scan",
         "language_models",
