@@ -28,7 +28,8 @@ $(VENV)/dev.installed: requirements-demo.txt
 
 demo: $(VENV)/demo.installed
 	$(RUN) -m demo.make_corpus data/demo
-	$(RUN) train_CTC.py hparams/CTC/conmamba_tiny.yaml --data_folder data/demo --output_folder results/demo
+	$(RUN) train_CTC.py hparams/CTC/conmamba_tiny.yaml --data_folder data/demo --output_folder results/demo \
+		--inter_ctc_layers "[2]"
 
 test: $(VENV)/dev.installed
 	$(RUN) -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
