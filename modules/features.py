@@ -69,8 +69,8 @@ class Features(nn.Module):
     def short_mels(self, wavs):
         """As `mels`, in half as many passes over the spectra, which are most of the bytes.
 
-        The host waits for nothing: `Fbank` copies its constants to the device in each call, and has
-        transforms of every size that it meets.
+        And the host waits for nothing. For `Fbank` it does: to copy the constants to the device in
+        each call, and for the transforms of a size that is new.
         """
         device, constants = wavs.device, self.constants  # another thread may replace them
         if constants is None or constants[0].device != device:

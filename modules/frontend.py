@@ -158,8 +158,8 @@ class ConvFrontend(nn.Module):
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        first, learns = self.blocks["convblock_0"].convs.conv_0, torch.is_grad_enabled()
-        if learns and x.requires_grad:
+        first = self.blocks["convblock_0"].convs.conv_0
+        if torch.is_grad_enabled() and x.requires_grad:
             x = zero_padding(x, lengths).to(dtype)
             y = first(reflect_bins(reflect_frames(x, lengths, self.reach), self.reach))
         else:
