@@ -237,13 +237,18 @@ def test_encoder_and_decoder_are_compiled(checkpointing, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("mixer", [Mamba, BiMamba, TwoMambas, BiMamba2])
-def test_batches_of_all_sizes_pass_compiled_layers(mixer, monkeypatch):
+@pytest.mark.parametrize(
+    "mixer, checkpointing",
+    [(Mamba, False), (BiMamba, False), (BiMamba, True), (TwoMambas, False), (BiMamba2, False)],
+)
+def test_batches_of_all_sizes_pass_compiled_layers(mixer, checkpointing, monkeypatch):
     """Products of 41 columns, which Inductor would pad to 44 and remember the first batch by."""
     monkeypatch.setattr("torch._inductor.config.force_shape_pad", True)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     torch.manual_seed(0)
-    encoder = Encoder(8, 144, 64, 2, mixer, kernel_size=5, dropout=0.0).cuda()
+    encoder = Encoder(
+        8, 144, 64, 2, mixer, kernel_size=5, dropout=0.0, gradient_checkpointing=checkpointing
+    ).cuda()
     batches = [torch.randn(*size, 8, device="cuda") for size in ((28, 96), (19, 144), (5, 130))]
 
     def step(x):
