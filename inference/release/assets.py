@@ -3,7 +3,7 @@
 import gzip
 import io
 import json
-import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -78,10 +78,11 @@ def unpack(archive, folder):
 
 
 def put(built, output):
-    """Move the three files of one model to the release, then write what tells of all."""
+    """Copy the three files of one model to the release, then write what tells of all."""
     output.mkdir(parents=True, exist_ok=True)
-    for file in sorted(built.iterdir()):
-        os.replace(file, output / file.name)
+    for file in sorted(built.iterdir()):  # from a scratch folder, which may be on another disk
+        with whole(output / file.name) as beside:
+            shutil.copyfile(file, beside)
     sum_up(output)
 
 

@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from inference.release import __main__ as script
-from inference.release.assets import pack, shorten, unpack
+from inference.release.assets import check_sums, pack, put, shorten, unpack
 from inference.release.building import build, check
 from inference.release.hearing import heard, listen
 from inference.release.start import start
@@ -77,6 +79,16 @@ def test_downloaded_files_are_checked(release, tmp_path):
     archive.unlink()
     with pytest.raises(UserError, match=r"tones.tar.gz is missing"):
         check(folder)
+
+
+def test_a_release_on_another_disk(release, tmp_path):
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system to write to")
+    shutil.copytree(release, tmp_path / "built", ignore=shutil.ignore_patterns("[A-Z]*"))
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        put(tmp_path / "built", Path(folder) / "files")
+        check_sums(Path(folder) / "files")
 
 
 def test_the_same_files_make_the_same_archive(run, tmp_path):
