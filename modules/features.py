@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from modules.fourier import short_time
+from modules.ops import log_mel
 
 
 class Features(nn.Module):
@@ -53,8 +54,10 @@ class Features(nn.Module):
 
         An utterance of N samples has N // hop + 1 frames.
         """
-        x = self.mels(F.pad(wavs, (self.reach, self.reach)))
         lengths = torch.div(lengths, self.hop, rounding_mode="floor") + 1
+        if log_mel.supports(wavs):
+            return self.by_kernels(wavs, self.reach, lengths, self.top_db), lengths
+        x = self.mels(F.pad(wavs, (self.reach, self.reach)))
         time = torch.arange(x.shape[1], device=x.device)
         padded = (time >= lengths.unsqueeze(1)).unsqueeze(2)
         if self.top_db is not None:
@@ -63,8 +66,23 @@ class Features(nn.Module):
         return x.masked_fill_(padded, 0.0), lengths
 
     def mels(self, wavs):
-        """(B, N) -> (B, T, n_mels): SpeechBrain's `Fbank`, elsewhere than on a CPU `short_mels`."""
+        """(B, N) -> (B, T, n_mels): SpeechBrain's `Fbank`, elsewhere than on a CPU shorter ways."""
+        if log_mel.supports(wavs):
+            return self.by_kernels(wavs)
         return self.fbank(wavs) if wavs.device.type == "cpu" else self.short_mels(wavs)
+
+    def by_kernels(self, wavs, reach=0, lengths=None, top_db=None):
+        """As `mels` of padded waveforms, then limited; each spectrum is written and read once."""
+        window, banks = self.constants_on(wavs.device)
+        amin = self.fbank.compute_fbanks.amin
+        with torch.autocast(wavs.device.type, enabled=False):
+            return log_mel.log_mel(
+                *(wavs.float(), window, banks, self.hop),
+                amin=amin,
+                reach=reach,
+                lengths=lengths,
+                top_db=top_db,
+            )
 
     def short_mels(self, wavs):
         """As `mels`, in half as many passes over the spectra, which are most of the bytes.
@@ -72,14 +90,18 @@ class Features(nn.Module):
         And the host waits for nothing. For `Fbank` it does: to copy the constants to the device in
         each call, and for the transforms of a size that is new.
         """
-        device, constants = wavs.device, self.constants  # another thread may replace them
-        if constants is None or constants[0].device != device:
-            constants = self.constants = tuple(x.to(device) for x in (self.window(), self.banks()))
-        window, banks = constants
-        with torch.autocast(device.type, enabled=False):
+        window, banks = self.constants_on(wavs.device)
+        with torch.autocast(wavs.device.type, enabled=False):
             spectra = short_time(wavs.float(), window, self.hop)
             power = torch.addcmul(spectra.real.square(), spectra.imag, spectra.imag)
             return 10 * torch.log10(torch.clamp(power @ banks, min=self.fbank.compute_fbanks.amin))
+
+    def constants_on(self, device):
+        """-> window, banks"""
+        constants = self.constants  # another thread may replace them
+        if constants is None or constants[0].device != device:
+            constants = self.constants = tuple(x.to(device) for x in (self.window(), self.banks()))
+        return constants
 
     def window(self):
         """The window in the middle of n_fft points."""

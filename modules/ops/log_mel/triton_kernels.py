@@ -1,0 +1,75 @@
+"""Triton kernels from waveforms to log-mel features, around a Fourier transform."""
+
+import triton
+import triton.language as tl
+
+SIZES = ["samples", "frames", "numbers"]  # which change from batch to batch
+DECIBELS = tl.constexpr(3.0102999566398120)  # 10 log10(2)
+NAN = tl.constexpr(tl.PropagateNan.ALL)  # a batch of wrong numbers is found by them
+
+
+@triton.jit(do_not_specialize=SIZES)
+def frames_kernel(
+    wavs, window, out, samples, frames,
+    HOP: tl.constexpr, REACH: tl.constexpr, POINTS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS windowed frames of an utterance: (B, N) -> (B T, POINTS)."""
+    b = tl.program_id(1).to(tl.int64)
+    point = tl.arange(0, WIDTH)
+    inside = point < POINTS
+    w = tl.load(window + point, mask=inside, other=0.0)
+    for k in range(ROWS):
+        t = tl.program_id(0) * ROWS + k
+        sample = t * HOP + point - REACH
+        there = inside & (sample >= 0) & (sample < samples)
+        x = tl.load(wavs + b * samples + sample, mask=there, other=0.0).to(tl.float32)
+        tl.store(out + (b * frames + t) * POINTS + point, x * w, mask=inside & (t < frames))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mel_kernel(
+    spectra, banks, lengths, out, loudest, frames, amin,
+    BINS: tl.constexpr, MELS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    LIMITS: tl.constexpr,
+):  # fmt: skip
+    """ROWS frames of an utterance: spectra (B T, BINS, 2) -> out (B, T, MELS), loudest (B,)."""
+    b = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m = tl.arange(0, WIDTH)
+    row = spectra + (b * frames + t) * (2 * BINS)
+    power = tl.zeros((ROWS, WIDTH), tl.float32)
+    for first in range(0, BINS, 16):
+        # Both parts of a number lie beside each other, and are loaded at once.
+        i = 2 * first + tl.arange(0, 32)
+        there = (t[:, None] < frames) & (i[None, :] < 2 * BINS)
+        parts = tl.load(row[:, None] + i[None, :], mask=there, other=0.0)
+        real, imaginary = tl.split(tl.reshape(parts, (ROWS, 16, 2)))
+        bin = first + tl.arange(0, 16)
+        weights = (bin[:, None] < BINS) & (m[None, :] < MELS)
+        bank = tl.load(banks + bin[:, None] * MELS + m[None, :], mask=weights, other=0.0)
+        squares = real * real + imaginary * imaginary
+        power = tl.dot(squares, bank, power, input_precision="tf32x3")
+    x = DECIBELS * tl.log2(tl.maximum(power, amin, propagate_nan=NAN))
+    stored = (t[:, None] < frames) & (m[None, :] < MELS)
+    if lengths is not None:
+        valid = stored & (t[:, None] < tl.load(lengths + b))
+        if LIMITS:
+            own = tl.max(tl.max(tl.where(valid, x, float("-inf")), axis=1), axis=0)
+            tl.atomic_max(loudest + b, own, sem="relaxed")
+        x = tl.where(valid, x, 0.0)
+    tl.store(out + (b * frames + t[:, None]) * MELS + m[None, :], x, mask=stored)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def limit_kernel(
+    x, lengths, loudest, numbers, top_db, MELS: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """Raise an utterance's features (T MELS,) to within top_db of its loudest, in place."""
+    b = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    valid = i < tl.minimum(tl.load(lengths + b) * MELS, numbers)
+    at = x + b * numbers + i
+    floor = tl.load(loudest + b) - top_db
+    y = tl.maximum(tl.load(at, mask=valid, other=0.0), floor, propagate_nan=NAN)
+    tl.store(at, y, mask=valid)
