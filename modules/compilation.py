@@ -6,6 +6,7 @@ from torch import nn
 from modules.casting import with_weights_cast
 from modules.dropout import draw_together
 from modules.graphs import Graphs, TrainingGraphs
+from modules.prepared import Prepared
 
 # Inductor's.
 OPTIONS = {
@@ -63,4 +64,5 @@ def graphs_for(brain):
             accumulate=brain.grad_accumulation_factor > 1,
         )
     layers = nn.ModuleList([modules.frontend, modules.encoder])
-    return graphs, Graphs(with_weights_cast(brain.layers, layers))
+    evaluated = Prepared(brain.layers, layers)
+    return graphs, Graphs(evaluated, before=evaluated.refresh)

@@ -29,10 +29,12 @@ class Graphs:
         Graphs, at most, and only while less than half of the device's memory is taken; other
         shapes run without one. They share memory, but a larger shape fits into little of what
         smaller ones left.
+    before : callable
+        Called before every batch, not recorded.
     """
 
-    def __init__(self, network, limit=256):
-        self.network, self.limit = _without_cast_cache(network), limit
+    def __init__(self, network, limit=256, before=None):
+        self.network, self.limit, self.before = _without_cast_cache(network), limit, before
         self.graphs, self.seen = {}, set()
         self.pool, self.ends = torch.cuda.graph_pool_handle(), {}
         self.stream = torch.cuda.Stream()  # one for all, as each costs a workspace
@@ -40,6 +42,8 @@ class Graphs:
 
     def __call__(self, *inputs):
         """The network's outputs."""
+        if self.before is not None:
+            self.before()
         shape = tuple(x.shape for x in inputs)
         if shape not in self.graphs:
             if shape not in self.seen or not self._room(inputs[0].device):

@@ -173,6 +173,23 @@ class Chunk(NamedTuple):
     ahead: int = 0
 
 
+class BothDirections(NamedTuple):
+    """Parameters of two directions, stacked, as they are used.
+
+    conv (2, d_inner, K), conv_bias (2, d_inner); to_inputs (2, R + 2 N, d_inner) of dt, B and C,
+    to_steps (2, d_inner, R); A (2, d_inner, N), D (2, d_inner), dt_bias (2, d_inner). R is dt_rank,
+    with zeros up to a multiple of eight, as tensor cores want it.
+    """
+
+    conv: torch.Tensor
+    conv_bias: torch.Tensor
+    to_inputs: torch.Tensor
+    to_steps: torch.Tensor
+    A: torch.Tensor
+    D: torch.Tensor
+    dt_bias: torch.Tensor
+
+
 class BiMamba(nn.Module):
     """Bidirectional mixer: two state-space directions between shared projections.
 
@@ -183,6 +200,7 @@ class BiMamba(nn.Module):
 
     causal = False
     chunkable = True
+    derived = None  # `derive` of before, see modules.prepared
 
     def __init__(self, d_model, d_state=16, expand=2, d_conv=4):
         super().__init__()
@@ -206,27 +224,20 @@ class BiMamba(nn.Module):
         if chunk is not None:
             return self._chunked(x, lengths, state, chunk)
         assert state is None, "BiMamba runs in pieces only if it is told the chunk"
+        both = self.derived or self.derive()
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x = bidirectional_conv1d(
-            x, self._both("conv1d.weight").squeeze(2), self._both("conv1d.bias"), lengths
-        )
-        x_proj, dt_proj = self._projections()
-        rank, states = dt_proj.shape[2], self.forward_ssm.d_state
-        shape = x.shape[:2]  # (2, B): both directions in one product
-        dt, B, C = (
-            torch.bmm(x.flatten(0, 1), for_each_utterance(x_proj, x))
-            .unflatten(0, shape)
-            .split([rank, states, states], dim=-1)
-        )
-        dt = torch.bmm(dt.flatten(0, 1), for_each_utterance(dt_proj, x))
+        x = bidirectional_conv1d(x, both.conv, both.conv_bias, lengths)
+        states = self.forward_ssm.d_state
+        parts = [both.to_steps.shape[2], states, states]
+        dt, B, C = self._project(x, both.to_inputs).split(parts, dim=-1)
         y = bidirectional_scan(
             x,
-            dt.view_as(x),
-            -torch.exp(self._both("A_log")),
+            self._project(dt, both.to_steps),
+            both.A,
             B,
             C,
-            self._both("D"),
-            self._both("dt_proj.bias"),
+            both.D,
+            both.dt_bias,
             dt_softplus=True,
             lengths=lengths,
         )
@@ -237,11 +248,8 @@ class BiMamba(nn.Module):
         y, state = run_in_chunks(self.forward_ssm, self.backward_ssm, x, x, lengths, state, chunk)
         return self.out_proj(gated_mean(torch.stack(y), z[:, : y[0].shape[1]])), state
 
-    def _projections(self):
-        """The weights (2, R + 2 N, d_inner) to dt, B and C, and (2, d_inner, R) from dt.
-
-        R is dt_rank, with zeros up to a multiple of eight, as tensor cores want it.
-        """
+    def derive(self):
+        """-> BothDirections"""
         x_proj, dt_proj = self._both("x_proj.weight"), self._both("dt_proj.weight")
         rank = dt_proj.shape[2]
         spare = -rank % 8
@@ -249,7 +257,23 @@ class BiMamba(nn.Module):
             to_dt, to_rest = x_proj[:, :rank], x_proj[:, rank:]
             x_proj = torch.cat([F.pad(to_dt, (0, 0, 0, spare)), to_rest], dim=1)
             dt_proj = F.pad(dt_proj, (0, spare))
-        return x_proj, dt_proj
+        return BothDirections(
+            self._both("conv1d.weight").squeeze(2),
+            self._both("conv1d.bias"),
+            x_proj,
+            dt_proj,
+            -torch.exp(self._both("A_log")),
+            self._both("D"),
+            self._both("dt_proj.bias"),
+        )
+
+    def _project(self, x, weight):
+        """x (2, B, T, D) by the weights (2, R, D) of its direction -> (2, B, T, R)."""
+        if self.derived is None:
+            y = torch.bmm(x.flatten(0, 1), for_each_utterance(weight, x))
+        else:  # nothing is learnt
+            y = torch.bmm(x.flatten(1, 2), weight.mT)
+        return y.view(*x.shape[:3], -1)
 
     def _both(self, name):
         """A parameter of both directions, stacked."""

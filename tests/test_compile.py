@@ -27,6 +27,7 @@ from modules.mamba import BiMamba, Mamba
 from modules.mamba2 import BiMamba2
 from modules.ops.causal_conv1d import causal_conv1d
 from modules.ops.state_space_dual.chunked import chunk_frames
+from modules.prepared import Prepared
 from modules.two_mambas import TwoMambas
 
 ROOT = Path(__file__).parents[1]
@@ -196,6 +197,23 @@ def check_convolution():
         torch.testing.assert_close(ours, theirs)
 
 
+def check_prepared():
+    """AssertionError unless one graph serves layers whose weights are prepared, in all sizes."""
+    encoder, sizes = make_encoder(BiMamba).eval(), ((2, 9), (3, 14), (2, 40))
+    prepared = Prepared(encoder, torch.nn.ModuleList([encoder]))
+    batches = [(torch.randn(*size, 8), torch.full(size[:1], size[1])) for size in sizes]
+    with torch.no_grad():
+        expected = [encoder(*batch)[0] for batch in batches]
+        compile_layers(encoder, backend="aot_eager")
+        prepared.refresh()
+        for batch, y in zip(batches, expected, strict=True):
+            torch.testing.assert_close(prepared(*batch)[0], y, rtol=1e-5, atol=1e-5)
+    counters = torch._dynamo.utils.counters
+    # Of views, as a first layer's input is without dropout, TorchDynamo makes another.
+    assert counters["stats"]["unique_graphs"] <= 2, counters["stats"]
+    assert not counters["graph_break"], counters["graph_break"]
+
+
 @pytest.mark.parametrize(
     "check",
     [
@@ -207,6 +225,7 @@ def check_convolution():
         pytest.param("check_decoder('mamba')", marks=pytest.mark.slow),
         "check_convolution()",
         "check_recomputation()",
+        "check_prepared()",
     ],
 )
 def test_compiled_code_computes_the_same(check):

@@ -13,6 +13,7 @@ from modules.compilation import compile_layers
 from modules.encoder import Encoder
 from modules.encoder_layer import DropPath
 from modules.mamba import BiMamba
+from modules.prepared import Prepared
 
 pytestmark = [
     pytest.mark.gpu,
@@ -240,10 +241,12 @@ def test_graphs_beyond_the_limit_run_without():
     assert_same_gradients(ours, theirs, 1e-4)
 
 
+@pytest.mark.parametrize("prepares", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_graphs_without_gradients_give_the_same(bf16):
+def test_graphs_without_gradients_give_the_same(bf16, prepares):
     encoder = make_encoder().eval()
-    run = graphs.Graphs(encoder)
+    prepared = Prepared(encoder, nn.ModuleList([encoder]))
+    run = graphs.Graphs(prepared, before=prepared.refresh) if prepares else graphs.Graphs(encoder)
     outputs = []
     for i, shape in enumerate(SHAPES):
         x, lengths, _ = batch(shape, i)
