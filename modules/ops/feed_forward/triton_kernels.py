@@ -8,9 +8,20 @@ A frame's D channels are in parts of powers of two, as D is none: WIDTHS at STAR
 import triton
 import triton.language as tl
 
-from modules.activation import tail_power
+from modules import activation
+from modules.ops import kernels
 
-tail_power = triton.jit(tail_power)  # the same numbers, as a Triton function
+INTERPRETED = tl.constexpr(kernels.interpreting())
+# PyTorch's numbers, as a Triton function; Triton's interpreter calls Python's as it stands.
+tail_power = activation.tail_power if INTERPRETED else triton.jit(activation.tail_power)
+
+
+@triton.jit
+def dot(a, b, total):
+    """total + a b; the interpreter multiplies bfloat16's bits, where it is not kept from it."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total)
 
 
 @triton.jit
@@ -21,12 +32,15 @@ def gelu(z):
 
 
 @triton.jit
-def load_rows(x, row, rows, D: tl.constexpr, WIDTHS: tl.constexpr, STARTS: tl.constexpr):
-    """Frames `row` (BLOCK,) of x (rows, D) in float32: (BLOCK, WIDTH) a part; zero past the last."""
+def load_rows(
+    x, row, rows, D: tl.constexpr, WIDTHS: tl.constexpr, STARTS: tl.constexpr, POLICY: tl.constexpr
+):
+    """Frames `row` (ROWS,) of x (rows, D) in float32: (ROWS, WIDTH) a part; zero past the last."""
     parts = ()
     for i in tl.static_range(len(WIDTHS)):
         d = STARTS[i] + tl.arange(0, WIDTHS[i])
-        part = tl.load(x + row[:, None] * D + d[None, :], mask=row[:, None] < rows, other=0.0)
+        place = x + row[:, None] * D + d[None, :]
+        part = tl.load(place, mask=row[:, None] < rows, other=0.0, eviction_policy=POLICY)
         parts = parts + (part.to(tl.float32),)
     return parts
 
@@ -63,30 +77,34 @@ def forward_kernel(
     """x, out (rows, D); weight1 (HIDDEN, D); weight2 (D, HIDDEN); BLOCK hidden channels a time."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dtype: tl.constexpr = weight1.dtype.element_ty
-    values = load_rows(x, row, rows, D, WIDTHS, STARTS)
+    values = load_rows(x, row, rows, D, WIDTHS, STARTS, "evict_last")
     values = layer_norm(values, norm_weight, norm_bias, eps, D, WIDTHS, STARTS)
     normed = ()
     sums = ()
     for i in tl.static_range(len(WIDTHS)):
         normed = normed + (values[i].to(dtype),)
         sums = sums + (tl.zeros((ROWS, tl.constexpr(WIDTHS[i])), tl.float32),)
+    # Loaded a block ahead, to registers: on their way through shared memory, as the weights go,
+    # these few numbers would take as many instructions as the weights.
+    bias = tl.load(bias1 + tl.arange(0, BLOCK))
     for start in tl.range(0, HIDDEN, BLOCK, num_stages=STAGES):
         h = start + tl.arange(0, BLOCK)
-        z = tl.zeros((ROWS, BLOCK), tl.float32)
+        z = tl.broadcast_to(bias.to(tl.float32)[None, :], (ROWS, BLOCK))
         for i in tl.static_range(len(WIDTHS)):
             d = STARTS[i] + tl.arange(0, WIDTHS[i])
             w = tl.load(weight1 + h[None, :] * D + d[:, None])
-            z = tl.dot(normed[i], w, z)
-        z += tl.load(bias1 + h).to(tl.float32)[None, :]
+            z = dot(normed[i], w, z)
+        bias = tl.load(bias1 + h + BLOCK, mask=h + BLOCK < HIDDEN, other=0.0)
         hidden = gelu(z).to(dtype)
         new = ()
         for i in tl.static_range(len(WIDTHS)):
             d = STARTS[i] + tl.arange(0, WIDTHS[i])
             w = tl.load(weight2 + d[None, :] * HIDDEN + h[:, None])
-            new = new + (tl.dot(hidden, w, sums[i]),)
+            new = new + (dot(hidden, w, sums[i]),)
         sums = new
-    # Read again, from the L2 cache: it would take registers that the loop needs.
-    values = load_rows(x, row, rows, D, WIDTHS, STARTS)
+    # Read again, from the L2 cache: the loop needs its registers. By another policy, or the compiler
+    # takes both reads for one.
+    values = load_rows(x, row, rows, D, WIDTHS, STARTS, "evict_first")
     results = ()
     for i in tl.static_range(len(WIDTHS)):
         d = STARTS[i] + tl.arange(0, WIDTHS[i])
