@@ -23,11 +23,10 @@ def supports(x, first, activation):
 
 
 def residual_feed_forward(x, norm, first, second, closing=None, *, scale):
-    """x + scale second(gelu(first(norm(x)))), then the closing norm; the hidden numbers stay on chip.
+    """x + scale second(gelu(first(norm(x)))), then the closing norm, if any; under autocast.
 
-    x: (B, T, D), and autocast's dtype as `supports` asks for it
-    norm, closing: nn.LayerNorm(D), or no closing one; first, second: nn.Linear
-    -> (B, T, D) in float32, unless x is in autocast's dtype and nothing closes
+    x: (B, T, D); norm, closing: nn.LayerNorm(D); first, second: nn.Linear, hidden from and to D
+    -> (B, T, D) in float32, but in x's dtype where that is autocast's and nothing closes
     """
     dtype = torch.get_autocast_dtype(x.device.type)
     products = [t.to(dtype) for t in (first.weight, first.bias, second.weight, second.bias)]

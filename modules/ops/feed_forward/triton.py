@@ -18,14 +18,12 @@ STAGES = 3  # blocks of weights in shared memory, of which one is multiplied
 SHARED = 232448  # bytes of shared memory that a program may have
 
 
+@torch.compiler.assume_constant_result  # which a graph asks once, when it is made
 def fits(channels, hidden, on_gpu):
     """Whether there is a kernel for D channels and so many hidden ones."""
-    return channels % 16 == 0 and 16 <= channels <= 256 and hidden % 64 == 0 and _able(on_gpu)
-
-
-def _able(on_gpu):
-    """Other generations have less shared memory, or another way to multiply; nobody measured it."""
-    return not on_gpu or torch.cuda.get_device_capability()[0] == 9
+    sizes = channels % 16 == 0 and 16 <= channels <= 256 and hidden % 64 == 0
+    # Others have less shared memory, or multiply otherwise, and nobody measured it there.
+    return sizes and (not on_gpu or torch.cuda.get_device_capability()[0] == 9)
 
 
 def parts_of(channels):

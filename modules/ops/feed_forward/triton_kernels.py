@@ -102,8 +102,8 @@ def forward_kernel(
             w = tl.load(weight2 + d[None, :] * HIDDEN + h[:, None])
             new = new + (dot(hidden, w, sums[i]),)
         sums = new
-    # Read again, from the L2 cache: the loop needs its registers. By another policy, or the compiler
-    # takes both reads for one.
+    # Read again, from the L2 cache: the loop needs the registers. By another policy, as otherwise
+    # the compiler makes one read of the two.
     values = load_rows(x, row, rows, D, WIDTHS, STARTS, "evict_first")
     results = ()
     for i in tl.static_range(len(WIDTHS)):
