@@ -45,7 +45,7 @@ def tail(a):
 
 
 def tail_power(a):
-    """Its logarithm to base 2, a polynomial; arithmetic alone, which Triton compiles as it stands.
+    """log2(tail(a)), a polynomial; arithmetic alone, which Triton too compiles as it stands.
 
     Minimax, weighted by what an error does to GELU and to its slope, which is less than 2e-8. The
     coefficients stand here, as torch.compile(dynamic=True) takes a module's floats for inputs.

@@ -23,6 +23,10 @@ from tests.ops.interpreted import (
     runs_kernels,
 )
 
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9, reason="needs an H100 or H200"
+)
+BACKEND = "inductor" if DEVICE == "cuda" else "aot_eager"
 # Of the branch's largest number. A GPU rounds, the interpreter cuts bfloat16 off.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 1e-3}
 
@@ -30,7 +34,7 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 1e-3}
 @installed
 @outside
 def test_in_the_interpreter():
-    assert run_in_the_interpreter(__file__) >= 19
+    assert run_in_the_interpreter(__file__) >= 23
 
 
 def make(channels, hidden, closes, dtype=torch.float32):
@@ -146,7 +150,7 @@ def test_compiled_layers_run_it_in_inference_alone(monkeypatch):
         expected = pass_layers(network, x)
     assert not calls
     torch._dynamo.reset()
-    compile_layers(network, backend="aot_eager")
+    compile_layers(network, backend=BACKEND)
     counters = torch._dynamo.utils.counters
     counters.clear()
     with torch.no_grad():
@@ -154,7 +158,8 @@ def test_compiled_layers_run_it_in_inference_alone(monkeypatch):
         assert calls == 4 * [(18, 16)]
         cast = with_weights_cast(lambda x: pass_layers(network, x), network)
         with torch.autocast(DEVICE, torch.bfloat16):
-            assert torch.equal(cast(x), y) and len(calls) == 8
+            torch.testing.assert_close(cast(x), y, rtol=2e-2, atol=2e-2)
+        assert len(calls) == 8
         assert pass_layers(network, x[:1, :5]).shape == (1, 5, 16) and len(calls) == 12
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
     calls.clear()
@@ -174,7 +179,7 @@ def test_another_activation_is_left_to_pytorch(monkeypatch):
     monkeypatch.setattr(triton, "sizes_of", None)
     torch._dynamo.reset()
     network, x = make_layers(nn.SiLU).eval(), torch.randn(2, 9, 16, device=DEVICE)
-    compile_layers(network, backend="aot_eager")
+    compile_layers(network, backend=BACKEND)
     with torch.no_grad():
         assert pass_layers(network, x).shape == x.shape
 
@@ -211,9 +216,6 @@ def test_an_h100_multiplies_all_by_its_tensor_cores(channels, spills, frames):
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.skipif(
-    DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9, reason="needs an H100 or H200"
-)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("closes", [False, True])
 def test_at_the_small_models_size(dtype, closes):
