@@ -41,7 +41,7 @@ def make(channels, hidden, closes, dtype=torch.float32):
     """-> norm, first, second, closing, with weights of products that dtype holds"""
     torch.manual_seed(channels)
     norm, first = nn.LayerNorm(channels), nn.Linear(channels, hidden)
-    second, closing = nn.Linear(hidden, channels), nn.LayerNorm(channels, eps=1e-3)
+    second, closing = nn.Linear(hidden, channels), nn.LayerNorm(channels, eps=0.1)
     for parameter in (*norm.parameters(), *closing.parameters(), first.bias, second.bias):
         nn.init.normal_(parameter)
     for module in (first, second):

@@ -10,9 +10,9 @@ TRITON_INTERPRET=1 (set before triton is imported) runs the kernel on a CPU, for
 import torch
 
 # Frames of a program, of which an H100's multiprocessor holds one. Each reads both weights whole,
-# from the L2 cache: 59 MB for a small model's batch, by estimate as long as its GELU takes. Programs
-# of half as many frames would read twice as much, and are for batches that fill all
-# multiprocessors no more than once even so.
+# from the L2 cache: 59 MB for a small model's batch, by estimate for as long as its GELU takes.
+# Programs of half as many frames would read twice as much, and are for batches that even so give
+# each multiprocessor no more than one.
 ROWS = 128
 MULTIPROCESSORS = 132
 STAGES = 3  # blocks of weights in shared memory, of which one is multiplied
