@@ -9,6 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from modules.activation import build_activation
 from modules.dropout import Dropout
+from modules.ops import feed_forward
 from modules.ops.causal_conv1d import causal_conv1d
 from modules.ops.depthwise_conv1d import depthwise_conv1d
 from modules.recomputation import recompute
@@ -140,7 +141,7 @@ class EncoderLayer(nn.Module):
     def _forward(self, x, lengths, state, chunk):
         mixer_state, conv_state = (None, None) if state is None else state
         drop = self.drop_path
-        x = x + 0.5 * drop(self.ffn1(self.ffn1_norm(x)))
+        x = self._half_step(x, self.ffn1_norm, self.ffn1)
         options = {} if chunk is None else {"chunk": chunk}
         y, mixer_state = self.mixer(self.mixer_norm(x), lengths, mixer_state, **options)
         if y.shape[1] < x.shape[1]:
@@ -148,8 +149,16 @@ class EncoderLayer(nn.Module):
         x = x + drop(self.mixer_dropout(y))
         y, conv_state = self.conv(x, lengths, conv_state)
         x = x + drop(y)
-        x = self.out_norm(x + 0.5 * drop(self.ffn2(self.ffn2_norm(x))))
+        x = self._half_step(x, self.ffn2_norm, self.ffn2, self.out_norm)
         return x, (None if state is None else (mixer_state, conv_state))
+
+    def _half_step(self, x, norm, ffn, closing=None):
+        """x + 1/2 FFN, then the closing norm: x (B, T, D) -> (B, T, D)."""
+        first, activation, _, second, _ = ffn
+        if not self.training and feed_forward.supports(x, first, activation):
+            return feed_forward.residual_feed_forward(x, norm, first, second, closing, scale=0.5)
+        x = x + 0.5 * self.drop_path(ffn(norm(x)))
+        return x if closing is None else closing(x)
 
 
 def cut(x, lengths, frames):

@@ -22,11 +22,12 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run(script, *arguments):
+def run(script, *arguments, **variables):
     """What a command prints, and its exit status."""
     command = [sys.executable, f"benchmarks/{script}", *map(str, arguments)]
+    environment = ENVIRONMENT | variables
     done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
     return done.stdout.splitlines(), done.returncode
@@ -77,6 +78,18 @@ def test_what_a_loop_waits_for():
     assert [machine_code.issue(waiting, warps)[0] for warps in (1, 4)] == [25, 25]
     rate = [instruction("MUFU"), instruction("FADD")]
     assert [machine_code.issue(rate, warps)[0] for warps in (1, 4)] == [8, 32]
+
+
+def test_feed_forward():
+    pytest.importorskip("triton")
+    printed, _ = run("feed_forward.py", "--device=cpu", "--d_model=48", "--d_ffn=64",
+                     "--batches", "2x9", "--repeats=1", "--limit=0.1",
+                     TRITON_INTERPRET="1")  # fmt: skip
+    rows = report_of(printed, "feed_forward")["rows"]
+    assert [(row["closes"], row["by"]) for row in rows] == [
+        (False, "pytorch"), (False, "kernel"), (True, "pytorch"), (True, "kernel"),
+    ]  # fmt: skip
+    assert all(row["ms"] > 0 and row["off"] < 0.02 for row in rows)
 
 
 def test_training(tmp_path):
@@ -250,6 +263,7 @@ def test_help_shows_how_to_run():
         "scan",
         "language_models",
         "cpu",
+        "feed_forward",
     ):
         text = (ROOT / f"benchmarks/{script}.py").read_text()
         assert f"python benchmarks/{script}.py --" in ast.get_docstring(ast.parse(text))

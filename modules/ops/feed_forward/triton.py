@@ -1,0 +1,76 @@
+"""The feed-forward branch by one Triton kernel; forward alone.
+
+A program keeps its frames' norms and sums, and goes over the hidden channels in blocks: their
+numbers, 26 MB each way of a small model's batch, never leave the multiprocessor. Sums, GELU and
+norms are float32. One frame's result depends on no other frame.
+
+TRITON_INTERPRET=1 (set before triton is imported) runs the kernel on a CPU, for tests.
+"""
+
+import torch
+
+# Frames of a program, of which an H100's multiprocessor holds one. Each reads both weights whole,
+# from the L2 cache: 59 MB for a small model's batch, by estimate for as long as its GELU takes.
+# Programs of half as many frames would read twice as much, and are for batches that even so give
+# each multiprocessor no more than one.
+ROWS = 128
+MULTIPROCESSORS = 132
+STAGES = 3  # blocks of weights in shared memory, of which one is multiplied
+SHARED = 232448  # bytes of shared memory that a program may have
+
+
+@torch.compiler.assume_constant_result  # which a graph asks once, when it is made
+def fits(channels, hidden, on_gpu):
+    """Whether there is a kernel for D channels and so many hidden ones."""
+    sizes = channels % 16 == 0 and 16 <= channels <= 256 and hidden % 64 == 0
+    # Others have less shared memory, or multiply otherwise, and nobody measured it there.
+    return sizes and (not on_gpu or torch.cuda.get_device_capability()[0] == 9)
+
+
+def parts_of(channels):
+    """-> widths, starts: channels, a multiple of 16, in parts of powers of two"""
+    widths = [1 << bit for bit in range(8, 3, -1) if channels >> bit & 1]
+    return tuple(widths), tuple(sum(widths[:i]) for i in range(len(widths)))
+
+
+def sizes_of(frames, channels):
+    """-> frames of a program, hidden channels at a time"""
+    rows = ROWS if frames > ROWS // 2 * MULTIPROCESSORS else ROWS // 2
+    needed = 2 * channels * (ROWS + STAGES * 2 * 64)  # bytes, of 64 hidden channels
+    return rows, 64 if needed <= SHARED else 32
+
+
+@torch.library.custom_op("mamba_asr::residual_feed_forward", mutates_args=())
+def operator(
+    x: torch.Tensor, weights: list[torch.Tensor], eps: float, closing_eps: float, scale: float
+) -> torch.Tensor:
+    """x (B, T, D) -> (B, T, D)
+
+    weights: weight and bias of norm, of the first and the second product, and of the closing norm
+        where there is one.
+    """
+    from modules.ops.feed_forward.triton_kernels import forward_kernel
+
+    channels, hidden = x.shape[-1], weights[2].shape[0]
+    x, out, frames = x.contiguous(), _shapes(x, weights), x.numel() // channels
+    rows, block = sizes_of(frames, channels)
+    widths, starts = parts_of(channels)
+    closes = len(weights) > 6
+    weights = [t.contiguous() for t in weights] + [None] * (8 - len(weights))
+    if frames:
+        # Triton launches on the current device, whatever the tensors' own.
+        with torch.cuda.device_of(x):
+            forward_kernel[(-(-frames // rows),)](
+                *(x, *weights, out, frames, eps, closing_eps, scale),
+                **{"D": channels, "HIDDEN": hidden, "WIDTHS": widths, "STARTS": starts},
+                **{"ROWS": rows, "BLOCK": block, "STAGES": STAGES, "CLOSES": closes},
+                num_warps=rows // 16,
+            )
+    return out
+
+
+@operator.register_fake
+def _shapes(x, weights, *numbers):
+    closes = len(weights) > 6
+    dtype = torch.float32 if closes else torch.promote_types(x.dtype, weights[2].dtype)
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
