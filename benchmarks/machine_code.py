@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import measure
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-WARPS = 1, 2, 4
+WARPS = 1, 2, 3, 4
 # Cycles until a result is there, of instructions that are waited for by a scoreboard.
 LATENCY = {"SHFL": 24, "MUFU": 20, "LDG": 280, "LDL": 34, "LDS": 30} | dict.fromkeys(
     ("HMMA", "BAR", "STG", "STL", "STS"), 20

@@ -21,7 +21,10 @@ from modules.ops.kernels import availability, dense_rows, interpreting, supports
 from modules.ops.operator import Operator
 from modules.ops.parameter_sums import parameter_sums
 
-CHANNELS = 32  # a program's
+import os
+EXTRA = int(os.environ.get('EXTRA','0'))
+LANES=32
+CHANNELS = 32 + 8*EXTRA # a program's
 STATES = 16  # a program's at most: more do not fit its registers
 CHUNK = 4  # frames loaded ahead, and held in registers by the backward
 SEGMENT = 32  # frames between kept states
@@ -109,7 +112,7 @@ def _forward(
     )
     final = last
     inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths)
-    options = {"strided": (u, dt, z), "CHUNK": CHUNK, "SEGMENT": SEGMENT, "maxnreg": REGISTERS}
+    options = {"strided": (u, dt, z), "CHUNK": CHUNK, "SEGMENT": SEGMENT, "maxnreg": int(os.environ.get('REGS',128))}
     if launch.pieces > 1:
         final = last.new_empty(launch.groups, launch.batch, launch.pieces, *last.shape[2:])
         launch(forward_kernel, (*inputs, None, None, final, None, total), **options)
@@ -125,7 +128,7 @@ def _shapes(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, 
     pieces, piece_frames = _pieces(groups, batch, frames, channels)
     segments = -(-piece_frames // SEGMENT)
     sums = groups * batch * pieces * channels
-    kept = groups * batch * pieces * segments * -(-channels // CHANNELS) * CHANNELS
+    kept = groups * batch * pieces * segments * -(-channels // CHANNELS) * LANES
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     last = u.new_empty(groups, batch, A.shape[2], channels, dtype=torch.float32)
     starts = last.new_empty(kept * _slots(A.shape[2]) if keep else 0)
@@ -154,7 +157,7 @@ def _backward(gradients, args, kept):
         for x in (u, dt, z, B, C)
     )
     scratch = A_t.new_empty(
-        groups * batch * pieces * blocks, SEGMENT // CHUNK - 1, _slots(states), CHANNELS
+        groups * batch * pieces * blocks, SEGMENT // int(os.environ.get('BC',CHUNK)) - 1, _slots(states), LANES
     )
     dBC = A_t.new_empty(groups, batch, blocks, frames, 2 * states)
     dparameters = A_t.new_empty(groups, batch, pieces, states + 2, channels)
@@ -167,7 +170,7 @@ def _backward(gradients, args, kept):
         dlast = launch.chain(before, total, A_t, dlast, dinitial, backwards=True)
         first = None
     inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths, starts, scratch, dy, dlast)
-    options = {"strided": (u, dt, z, dy), "CHUNK": CHUNK, "SEGMENT": SEGMENT}
+    options = {"strided": (u, dt, z, dy), "CHUNK": int(os.environ.get("BC",CHUNK)), "SEGMENT": SEGMENT}
     launch(backward_kernel, (*inputs, du, ddt, dz, dBC, dparameters, first), **options)
     launch.sum_blocks(dBC, dB, dC)
     dA, dD, dbias = parameter_sums(dparameters.flatten(1, 2), A, D, dt_bias)
@@ -198,7 +201,7 @@ def _pieces(groups, batch, frames, channels):
 
 def _slots(states):
     """States that a thread has place for: of four channels `triton_layout.per_lane` each."""
-    return 4 * (4 if states > 8 else 2 if states > 4 else 1)
+    return (4+EXTRA) * (4 if states > 8 else 2 if states > 4 else 1)
 
 
 class _Launch:
@@ -207,7 +210,7 @@ class _Launch:
     def __init__(self, shape, states, reverse_from, softplus, packed, words):
         self.groups, self.batch, self.frames, self.channels = shape
         self.states, self.reverse_from = states, reverse_from
-        self.constants = {"SOFTPLUS": softplus, "N": states, "PACKED": packed}
+        self.constants = {"SOFTPLUS": softplus, "N": states, "PACKED": packed, "EXTRA": EXTRA}
         self.words = words  # from one row of B and C to the next
         self.blocks = -(-self.channels // CHANNELS)
         self.pieces, self.piece_frames = _pieces(*shape)

@@ -15,13 +15,13 @@ first place, and a sum over lanes halves its vectors without a choice. Tuples ho
 import triton
 import triton.language as tl
 
-CHANNELS = tl.constexpr(32)  # a program's: one a thread of its warp, if each counts its own
+LANES = tl.constexpr(32)  # a warp's
 
 
 @triton.jit
 def lanes(N: tl.constexpr):
     """-> lane, the first state of its quarter, the order of its states"""
-    lane = tl.arange(0, CHANNELS)
+    lane = tl.arange(0, LANES)
     PER: tl.constexpr = per_lane(N)
     if PER == 4:
         order = ((lane >> 3) & 1) + ((lane >> 3) & 2)
@@ -39,13 +39,25 @@ def per_lane(N):
 
 
 @triton.jit
-def load_states(p, channels, block, N: tl.constexpr):
+def channel(block, i, EXTRA: tl.constexpr):
+    """The channel of a lane's place i."""
+    lane = tl.arange(0, LANES)
+    first = block * (LANES + 8 * EXTRA)
+    if i < 4:
+        d = first + (lane ^ i)
+    else:
+        d = first + LANES + (i - 4) * 8 + (lane >> 2)
+    return d
+
+
+@triton.jit
+def load_states(p, channels, block, EXTRA: tl.constexpr, N: tl.constexpr):
     """(N, D) at a block's channels -> a lane's; zero for channels and states that there are not."""
     lane, own, order = lanes(N)
     PER: tl.constexpr = per_lane(N)
     states = ()
-    for i in tl.static_range(4):
-        d = block * CHANNELS + (lane ^ i)
+    for i in tl.static_range(4 + EXTRA):
+        d = channel(block, i, EXTRA)
         for n in tl.static_range(PER):
             state = own + (n ^ order)
             there = (d < channels) & (state < N)
@@ -54,12 +66,12 @@ def load_states(p, channels, block, N: tl.constexpr):
 
 
 @triton.jit
-def store_states(p, states, channels, block, N: tl.constexpr):
+def store_states(p, states, channels, block, EXTRA: tl.constexpr, N: tl.constexpr):
     """The inverse of `load_states`."""
     lane, own, order = lanes(N)
     PER: tl.constexpr = per_lane(N)
-    for i in tl.static_range(4):
-        d = block * CHANNELS + (lane ^ i)
+    for i in tl.static_range(4 + EXTRA):
+        d = channel(block, i, EXTRA)
         for n in tl.static_range(PER):
             state = own + (n ^ order)
             at = p + state * channels + d
@@ -67,27 +79,27 @@ def store_states(p, states, channels, block, N: tl.constexpr):
 
 
 @triton.jit
-def keep(p, states, N: tl.constexpr):
+def keep(p, states):
     """As they lie, for the same program to `fetch`."""
-    lane = tl.arange(0, CHANNELS)
-    for k in tl.static_range(4 * per_lane(N)):
-        tl.store(p + k * CHANNELS + lane, states[k])
+    lane = tl.arange(0, LANES)
+    for k in tl.static_range(len(states)):
+        tl.store(p + k * LANES + lane, states[k])
 
 
 @triton.jit
-def fetch(p, N: tl.constexpr):
-    lane = tl.arange(0, CHANNELS)
+def fetch(p, EXTRA: tl.constexpr, N: tl.constexpr):
+    lane = tl.arange(0, LANES)
     states = ()
-    for k in tl.static_range(4 * per_lane(N)):
-        states = states + (tl.load(p + k * CHANNELS + lane),)
+    for k in tl.static_range((4 + EXTRA) * per_lane(N)):
+        states = states + (tl.load(p + k * LANES + lane),)
     return states
 
 
 @triton.jit
-def zeros(N: tl.constexpr):
+def zeros(EXTRA: tl.constexpr, N: tl.constexpr):
     states = ()
-    for _k in tl.static_range(4 * per_lane(N)):
-        states = states + (tl.zeros([CHANNELS], tl.float32),)
+    for _k in tl.static_range((4 + EXTRA) * per_lane(N)):
+        states = states + (tl.zeros([LANES], tl.float32),)
     return states
 
 
@@ -97,11 +109,11 @@ def load_row(BC, N: tl.constexpr, PACKED: tl.constexpr):
 
     Of pairs there are at most 16: the upper lanes have them too (`turned`).
     """
-    lane = tl.arange(0, CHANNELS)
+    lane = tl.arange(0, LANES)
     if PACKED:
         lane = lane & 15
     words: tl.constexpr = N if PACKED else 2 * N
-    if words == CHANNELS or (PACKED and words == 16):
+    if words == LANES or (PACKED and words == 16):
         row = tl.load(BC + lane)
     else:
         row = tl.load(BC + lane, mask=lane < words, other=0)
@@ -113,7 +125,7 @@ def turned(row, PACKED: tl.constexpr):
     """The row, the upper lanes' pairs the other way round."""
     if PACKED:
         other = (row << 16) | ((row >> 16) & 65535)
-        row = tl.where(tl.arange(0, CHANNELS) < 16, row, other)
+        row = tl.where(tl.arange(0, LANES) < 16, row, other)
     return row
 
 
@@ -149,14 +161,35 @@ def numbers(row, first, N: tl.constexpr, PACKED: tl.constexpr):
 @triton.jit
 def of_four(x):
     """A number of each channel's own lane -> of a lane's four channels."""
-    lane = tl.arange(0, CHANNELS)
+    lane = tl.arange(0, LANES)
     return (x, tl.gather(x, lane ^ 1, 0), tl.gather(x, lane ^ 2, 0), tl.gather(x, lane ^ 3, 0))
+
+
+@triton.jit
+def of_frame(values, i, CHUNK: tl.constexpr):
+    """Numbers of extra channels, each lane of four with a frame of its own -> those of frame i."""
+    lane = tl.arange(0, LANES)
+    given = ()
+    for e in tl.static_range(len(values)):
+        given = given + (tl.gather(values[e], (lane & (32 - CHUNK)) + i, 0),)
+    return given
+
+
+@triton.jit
+def sum_of_frames(shares):
+    """Shares of an extra channel's four frames -> the sum of each frame's, in its own lane."""
+    if len(shares) == 4:
+        sum = halve(halve(shares, 2, 2, False), 1, 1, False)[0]
+    else:
+        sum = halve(shares, 1, 1, False)[0]
+        sum += tl.gather(sum, tl.arange(0, LANES) ^ 2, 0)
+    return sum
 
 
 @triton.jit
 def sum_of_four(values):
     """Shares of a lane's four channels -> the sum of each channel's, in its own lane."""
-    lane = tl.arange(0, CHANNELS)
+    lane = tl.arange(0, LANES)
     far = tl.gather(values[2], lane ^ 2, 0) + tl.gather(values[3], lane ^ 3, 0)
     return values[0] + tl.gather(values[1], lane ^ 1, 0) + far
 
@@ -167,7 +200,7 @@ def halve(values, WIDTH: tl.constexpr, BIT: tl.constexpr, ORDERED: tl.constexpr)
 
     The bit BIT of a lane's number says which half is its own; if they are ORDERED, it is the first.
     """
-    lane = tl.arange(0, CHANNELS)
+    lane = tl.arange(0, LANES)
     upper = (lane & BIT) != 0
     half = ()
     for i in tl.static_range(WIDTH):
@@ -184,7 +217,7 @@ def halve(values, WIDTH: tl.constexpr, BIT: tl.constexpr, ORDERED: tl.constexpr)
 def sum_over_groups(dB, dC, N: tl.constexpr):
     """Shares of dB and dC at a lane's states -> the sum that `place_in_row` says, over channels."""
     PER: tl.constexpr = per_lane(N)
-    lane = tl.arange(0, CHANNELS)
+    lane = tl.arange(0, LANES)
     values = ()
     for n in tl.static_range(PER):  # the first bit to halve them by is the order's highest
         values = values + (dB[n], dC[n])
