@@ -189,8 +189,7 @@ def test_time_in_pieces(reverse, leave_out, monkeypatch):
     """Pieces of 32 frames: a full one, one cut by the length, one without any valid frame."""
     monkeypatch.setattr(triton, "LEAST", 16)
     frames = 70
-    launch = triton._Launch((1, 3, frames, 20), 4, 0, True, False, words=8)
-    assert (launch.pieces, launch.piece_frames) == (3, 32)
+    assert triton._pieces(1, 3, frames, 20) == (3, 32)
     leaves = leaves_of(torch.float32, frames, 20, 4, leave_out=leave_out)
     assert_close(leaves, 1e-5, lengths=lengths_of(frames), reverse=reverse)
 

@@ -10,16 +10,24 @@ forward once more, its states kept in registers, and then backward.
 import triton
 import triton.language as tl
 
-from modules.ops.selective_scan.triton_kernels import (
-    advance,
-    at,
-    bias_of,
-    decays_of,
+from modules.ops.selective_scan.triton_extra import (
     extra_channels,
+    extra_gradients,
     extra_parameters,
     extra_steps,
     load_extra,
     load_extra_dy,
+    none_of,
+    of_frame,
+    store_zeros,
+    sum_of_frames,
+    sum_over_frames,
+)
+from modules.ops.selective_scan.triton_frames import (
+    advance,
+    at,
+    bias_of,
+    decays_of,
     load_frame,
     parameter,
     place,
@@ -36,35 +44,16 @@ from modules.ops.selective_scan.triton_layout import (
     load_states,
     numbers,
     of_four,
-    of_frame,
     per_lane,
     place_in_row,
     store_states,
     sum_of_four,
-    sum_of_frames,
     sum_over_groups,
     turned,
     zeros,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def of_extra(frames, e):
-    values = ()
-    for i in tl.static_range(len(frames)):
-        values = values + (frames[i][e],)
-    return values
-
-
-@triton.jit
-def sum_of_group(x, CHUNK: tl.constexpr):
-    lane = tl.arange(0, LANES)
-    x += tl.gather(x, lane ^ 1, 0)
-    if CHUNK == 4:
-        x += tl.gather(x, lane ^ 2, 0)
-    return x
 
 
 # One build for every number of frames and utterances.
@@ -92,15 +81,12 @@ def backward_kernel(
     A_n = load_states(A + group * N * channels, channels, block, EXTRA, N)
     skip = parameter(D, group, channels, d_read)
     bias = bias_of(dt_bias, group, channels, d)
-    extra, there = extra_channels(block, channels, d_read, EXTRA)
+    extra, extra_out, there = extra_channels(block, channels, d, EXTRA)
     extra_skip, extra_bias = extra_parameters(D, dt_bias, group, channels, block, EXTRA)
-    own = tl.arange(0, LANES) & (CHUNK - 1)  # a lane's frame of a chunk, for extra channels
+    own = tl.arange(0, LANES) % CHUNK  # the lane's frame of a chunk, for extra channels
     none = tl.zeros([LANES], tl.float32)
-    extra_dD = ()
-    extra_dbias = ()
-    for _e in tl.static_range(EXTRA):
-        extra_dD = extra_dD + (none,)
-        extra_dbias = extra_dbias + (none,)
+    extra_dD = none_of(EXTRA)
+    extra_dbias = none_of(EXTRA)
     dD_sum = none
     ddt_sum = none
     dA_n = zeros(EXTRA, N)
@@ -114,11 +100,11 @@ def backward_kernel(
     dt += group * dt_g + b * dt_b + begin * dt_t + d_read
     dy += group * dy_g + b * dy_b + begin * dy_t + d_read
     BC += (scan * frames + begin) * words
-    du += (scan * frames + begin) * channels + d_read
-    ddt += (scan * frames + begin) * channels + d_read
+    du += (scan * frames + begin) * channels + d
+    ddt += (scan * frames + begin) * channels + d
     if z is not None:
         z += group * z_g + b * z_b + begin * z_t + d_read
-        dz += (scan * frames + begin) * channels + d_read
+        dz += (scan * frames + begin) * channels + d
     blocks = tl.num_programs(0)
     in_row, is_in_row = place_in_row(N)
     dBC += ((scan * blocks + block) * frames + begin) * 2 * N + in_row
@@ -182,15 +168,7 @@ def backward_kernel(
                 decays = decays + (decays_of(steps[i], A_n, N),)
                 states = states + (advance(states[i], decays[i], dt_u, B, N),)
 
-            extra_dy_k = ()
-            extra_dz = ()
-            for e in tl.static_range(EXTRA):
-                dy_k = tl.where(own_valid, extra_dy[e].to(tl.float32), 0.0)
-                if z is not None:
-                    silu, silu_slope = silu_and_slope(extra_rows[e][2])
-                    extra_dz = extra_dz + (dy_k * silu_slope,)
-                    dy_k *= silu
-                extra_dy_k = extra_dy_k + (dy_k,)
+            extra_dy_k, extra_dz = extra_gradients(extra_rows, extra_dy, z, own_valid)
             extra_y = ()
             extra_ddt_u = ()
             extra_dlog_A = ()
@@ -269,26 +247,28 @@ def backward_kernel(
                     t_own = position(k - CHUNK + own, length, origin, sign)
                     extra_ahead = load_extra(u, dt, z, extra, t_own, u_t, dt_t, z_t)
                     extra_dy_ahead = load_extra_dy(dy, extra, t_own, dy_t)
-                if i == CHUNK - 2:
+                if i == (CHUNK - 2 if CHUNK > 2 else CHUNK - 1):
                     start = fetch(scratch + tl.maximum(c - 1, 0) * KEPT, EXTRA, N)
             new_dD = ()
             new_dbias = ()
             for e in tl.static_range(EXTRA):
                 u_k = extra_rows[e][0].to(tl.float32)
-                dlog = sum_of_frames(of_extra(extra_dlog_A, e)) * LN2
-                ddt_u_k = sum_of_frames(of_extra(extra_ddt_u, e))
+                dlog = sum_of_frames(extra_dlog_A, e) * LN2
+                ddt_u_k = sum_of_frames(extra_ddt_u, e)
                 ddt_k = (dlog + ddt_u_k * u_k) * extra_slope[e]
                 du_k = ddt_u_k * extra_step[e] + extra_dy_k[e] * extra_skip[e]
                 new_dD = new_dD + (extra_dD[e] + extra_dy_k[e] * u_k,)
                 new_dbias = new_dbias + (extra_dbias[e] + ddt_k,)
                 t_own = position(k + own, length, origin, sign)
                 valid = there[e] & own_valid
-                tl.store(at(du + extra[e], t_own, channels), du_k.to(du.dtype.element_ty), mask=valid)
-                tl.store(at(ddt + extra[e], t_own, channels), ddt_k.to(ddt.dtype.element_ty), mask=valid)
+                du_k = du_k.to(du.dtype.element_ty)
+                ddt_k = ddt_k.to(ddt.dtype.element_ty)
+                tl.store(at(du + extra_out[e], t_own, channels), du_k, mask=valid)
+                tl.store(at(ddt + extra_out[e], t_own, channels), ddt_k, mask=valid)
                 if z is not None:
-                    y_k = extra_skip[e] * u_k + sum_of_frames(of_extra(extra_y, e))
+                    y_k = extra_skip[e] * u_k + sum_of_frames(extra_y, e)
                     dz_k = (extra_dz[e] * y_k).to(dz.dtype.element_ty)
-                    tl.store(at(dz + extra[e], t_own, channels), dz_k, mask=valid)
+                    tl.store(at(dz + extra_out[e], t_own, channels), dz_k, mask=valid)
             extra_dD = new_dD
             extra_dbias = new_dbias
             rows = ahead
@@ -297,22 +277,21 @@ def backward_kernel(
 
     for t in range(length, own_frames):
         tl.store(du + t * channels, none.to(du.dtype.element_ty), mask=d_mask)
+        store_zeros(du + t * channels, extra_out, there)
         tl.store(ddt + t * channels, none.to(ddt.dtype.element_ty), mask=d_mask)
+        store_zeros(ddt + t * channels, extra_out, there)
         if z is not None:
             tl.store(dz + t * channels, none.to(dz.dtype.element_ty), mask=d_mask)
-        for e in tl.static_range(EXTRA):
-            tl.store(du + extra[e] + t * channels, none.to(du.dtype.element_ty), mask=there[e])
-            tl.store(ddt + extra[e] + t * channels, none.to(ddt.dtype.element_ty), mask=there[e])
-            if z is not None:
-                tl.store(dz + extra[e] + t * channels, none.to(dz.dtype.element_ty), mask=there[e])
+            store_zeros(dz + t * channels, extra_out, there)
         tl.store(dBC + t * 2 * N, none, mask=is_in_row)
     dparameters += piece * (N + 2) * channels
     store_states(dparameters, dA_n, channels, block, EXTRA, N)
-    dparameters += N * channels + d_read
+    dparameters += N * channels + d
     tl.store(dparameters, dD_sum, mask=d_mask)
     tl.store(dparameters + channels, ddt_sum, mask=d_mask)
     for e in tl.static_range(EXTRA):
-        tl.store(dparameters + extra[e], sum_of_group(extra_dD[e], CHUNK), mask=there[e])
-        tl.store(dparameters + extra[e] + channels, sum_of_group(extra_dbias[e], CHUNK), mask=there[e])
+        to = dparameters + extra_out[e]
+        tl.store(to, sum_over_frames(extra_dD[e], CHUNK), mask=there[e])
+        tl.store(to + channels, sum_over_frames(extra_dbias[e], CHUNK), mask=there[e])
     if dinitial is not None:
         store_states(dinitial + piece * N * channels, message, channels, block, EXTRA, N)

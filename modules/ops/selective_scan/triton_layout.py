@@ -1,15 +1,16 @@
 # ruff: noqa: RUF005 - Triton knows tuples only to add them
 """Which thread of a warp has which of the selective scan's states, and how numbers pass between.
 
-A warp has CHANNELS channels. Four neighbouring lanes share four channels: each has all four, and a
+Four neighbouring lanes share four channels, or with an extra one five: each has all of them, and a
 quarter of their states, PER of them. So B and C are read, and dB and dC summed, for a quarter of
 the states a lane; what is a number a channel (u, dt, y) belongs to the lane of the channel's own
-number, which gives it to the other three, or gathers their shares of it.
+number, which gives it to the other three, or gathers their shares of it (`triton_extra`: the
+extra channel's).
 
-Place i of a lane's channels has channel lane ^ i, place n of its states has state n ^ order of its
-quarter, order being another one in every group of four lanes: so a lane's own is always in the
-first place, and a sum over lanes halves its vectors without a choice. Tuples hold the places
-(i, n) in order.
+Place i of a lane's channels has channel lane ^ i, places from the fourth the extra channels, which
+stand behind the others of the warp; place n of its states has state n ^ order of its quarter, order
+being another one in every group of four lanes: so a lane's own is always in the first place, and a
+sum over lanes halves its vectors without a choice. Tuples hold the places (i, n) in order.
 """
 
 import triton
@@ -40,20 +41,16 @@ def per_lane(N):
 
 @triton.jit
 def channel(block, i, EXTRA: tl.constexpr):
-    """The channel of a lane's place i."""
+    """The channel at place i of a lane's, in a block of 32 and 8 EXTRA."""
     lane = tl.arange(0, LANES)
-    first = block * (LANES + 8 * EXTRA)
-    if i < 4:
-        d = first + (lane ^ i)
-    else:
-        d = first + LANES + (i - 4) * 8 + (lane >> 2)
-    return d
+    in_block = (lane ^ i) if i < 4 else LANES + (i - 4) * 8 + (lane >> 2)
+    return block * (LANES + 8 * EXTRA) + in_block
 
 
 @triton.jit
 def load_states(p, channels, block, EXTRA: tl.constexpr, N: tl.constexpr):
     """(N, D) at a block's channels -> a lane's; zero for channels and states that there are not."""
-    lane, own, order = lanes(N)
+    _lane, own, order = lanes(N)
     PER: tl.constexpr = per_lane(N)
     states = ()
     for i in tl.static_range(4 + EXTRA):
@@ -68,7 +65,7 @@ def load_states(p, channels, block, EXTRA: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def store_states(p, states, channels, block, EXTRA: tl.constexpr, N: tl.constexpr):
     """The inverse of `load_states`."""
-    lane, own, order = lanes(N)
+    _lane, own, order = lanes(N)
     PER: tl.constexpr = per_lane(N)
     for i in tl.static_range(4 + EXTRA):
         d = channel(block, i, EXTRA)
@@ -163,27 +160,6 @@ def of_four(x):
     """A number of each channel's own lane -> of a lane's four channels."""
     lane = tl.arange(0, LANES)
     return (x, tl.gather(x, lane ^ 1, 0), tl.gather(x, lane ^ 2, 0), tl.gather(x, lane ^ 3, 0))
-
-
-@triton.jit
-def of_frame(values, i, CHUNK: tl.constexpr):
-    """Numbers of extra channels, each lane of four with a frame of its own -> those of frame i."""
-    lane = tl.arange(0, LANES)
-    given = ()
-    for e in tl.static_range(len(values)):
-        given = given + (tl.gather(values[e], (lane & (32 - CHUNK)) + i, 0),)
-    return given
-
-
-@triton.jit
-def sum_of_frames(shares):
-    """Shares of an extra channel's four frames -> the sum of each frame's, in its own lane."""
-    if len(shares) == 4:
-        sum = halve(halve(shares, 2, 2, False), 1, 1, False)[0]
-    else:
-        sum = halve(shares, 1, 1, False)[0]
-        sum += tl.gather(sum, tl.arange(0, LANES) ^ 2, 0)
-    return sum
 
 
 @triton.jit

@@ -10,7 +10,7 @@ way, from the last to the first. The second pass scans every piece from its star
 import triton
 import triton.language as tl
 
-from modules.ops.selective_scan.triton_kernels import (
+from modules.ops.selective_scan.triton_frames import (
     at,
     bias_of,
     decays_of,
