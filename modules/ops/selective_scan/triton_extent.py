@@ -47,7 +47,7 @@ class Extent:
 # shuffle in turn, and a frame takes twice its time.
 EXTENTS = (
     Extent(0, registers=128, chunk=4, forward=(1140, 1902), both=(3598, 6447)),
-    Extent(1, registers=255, chunk=2, forward=(1264, 2261), both=(5124, 9225)),
+    Extent(1, registers=255, chunk=2, forward=(1282, 2265), both=(5124, 9255)),
 )
 
 
