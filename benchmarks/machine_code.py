@@ -2,10 +2,10 @@
 
     python benchmarks/machine_code.py
 
-Compiles the kernels at the shapes of ConMamba-L and -S with Triton's own assembler, and issues each inner
-loop's instructions in their order, with the waits that the assembler wrote beside them, for 1, 2
-and 4 warps of a scheduler. Latencies are the usual ones of this architecture; what stands in a loop
-counts as executed, also behind a branch. It tells what a kernel waits for, and which of two is
+Compiles the kernels at the shapes of ConMamba-L and -S with Triton's own assembler, and issues each
+inner loop's instructions in their order, with the waits that the assembler wrote beside them, for
+1, 2 and 4 warps of a scheduler. Latencies are the usual ones of this architecture; what stands in a
+loop counts as executed, also behind a branch. It tells what a kernel waits for, and which of two is
 faster, before there is a GPU to measure on. It is no measurement.
 
 Prints a row a loop: registers and bytes of spilled ones a thread, instructions, cycles of a pass

@@ -362,8 +362,7 @@ def test_what_it_refuses():
     ],
 )
 def test_fewest_waits_for_the_last_scheduler(scans, channels, expected):
-    for backward in (False, True):
-        assert extent_of(scans, channels, torch.device("cpu"), backward).channels == expected
+    assert extent_of(scans, channels, torch.device("cpu")).channels == expected
 
 
 def test_never_chosen_on_a_cpu(monkeypatch):

@@ -99,7 +99,7 @@ def _forward(
     from modules.ops.selective_scan.triton_kernels import forward_kernel
 
     A_t, BC = _turned_rates(A), _beside(B, C)
-    launch = _launch(u, A, B, C, BC, dt_softplus, reverse_from, keep)
+    launch = _launch(u, A, B, C, BC, dt_softplus, reverse_from)
     u, dt, z = (dense_rows(x) for x in (u, dt, z))
     D, dt_bias, lengths = (None if x is None else x.contiguous() for x in (D, dt_bias, lengths))
     y, last, starts, total, none = _shapes(
@@ -143,7 +143,7 @@ def _backward(gradients, args, kept):
     dy, dlast = gradients
     starts, total, A_t = kept
     BC = _beside(B, C)
-    launch = _launch(u, A, B, C, BC, dt_softplus, reverse_from, backward=True)
+    launch = _launch(u, A, B, C, BC, dt_softplus, reverse_from)
     states, blocks, pieces = launch.states, launch.blocks, launch.pieces
     u, dt, z = (dense_rows(x) for x in (u, dt, z))
     D, dt_bias, lengths = (None if x is None else x.contiguous() for x in (D, dt_bias, lengths))
@@ -265,9 +265,9 @@ class _Launch:
                 )
 
 
-def _launch(u, A, B, C, BC, dt_softplus, reverse_from, backward):
+def _launch(u, A, B, C, BC, dt_softplus, reverse_from):
     groups, batch, _frames, channels = u.shape
-    extent = extent_of(groups * batch, channels, u.device, backward)
+    extent = extent_of(groups * batch, channels, u.device)
     if _pieces(*u.shape)[0] > 1:
         extent = EXTENTS[0]  # the one for which the kernels of pieces are made
     options = (reverse_from, dt_softplus, _packed(B, C), BC.stride(2), extent)

@@ -20,41 +20,46 @@ class Extent:
     """A program's channels, and cycles of four frames by benchmarks/machine_code.py.
 
     extra: channels that four lanes share besides their four; registers: a thread's in the forward;
-    chunk: the backward's frames in registers; forward, both: cycles of one and two warps of a
-    scheduler, in the forward pass and in the forward and the backward.
+    chunk: the backward's frames in registers; forward, backward: cycles of one and of two warps of
+    a scheduler.
     """
 
     extra: int
     registers: int
     chunk: int
     forward: tuple
-    both: tuple
+    backward: tuple
 
     @property
     def channels(self):
         return 32 + 8 * self.extra
 
-    def cycles(self, scans, channels, schedulers, backward):
-        one, two = self.both if backward else self.forward
-        warps = -(-scans * self.blocks(channels) // schedulers)
-        return one if warps <= 1 else warps * two / 2
-
     def blocks(self, channels):
         return -(-channels // self.channels)
+
+    def cycles(self, scans, channels, schedulers):
+        """Forward and backward, of the scheduler with the most warps."""
+        one, two = map(sum, zip(self.forward, self.backward, strict=True))
+        warps = -(-scans * self.blocks(channels) // schedulers)
+        return one if warps <= 1 else warps * two / 2
 
 
 # Left to itself the assembler spares registers, for warps that are not there: it waits for every
 # shuffle in turn, and a frame takes twice its time.
 EXTENTS = (
-    Extent(0, registers=128, chunk=4, forward=(1140, 1902), both=(3598, 6447)),
-    Extent(1, registers=255, chunk=2, forward=(1282, 2265), both=(5124, 9255)),
+    Extent(0, registers=128, chunk=4, forward=(1140, 1902), backward=(2458, 4545)),
+    Extent(1, registers=255, chunk=2, forward=(1282, 2265), backward=(3842, 6990)),
 )
 
 
-def extent_of(scans, channels, device, backward):
-    """The extent of least time for so many scans; `backward`: that one will follow."""
+def extent_of(scans, channels, device):
+    """The extent of least time for so many scans of so many channels.
+
+    It is the same without a backward pass, so that a forward that is repeated for one gives the
+    same bits.
+    """
     schedulers = SCHEDULERS * _processors(device)
-    return min(EXTENTS, key=lambda x: x.cycles(scans, channels, schedulers, backward))
+    return min(EXTENTS, key=lambda x: x.cycles(scans, channels, schedulers))
 
 
 @functools.cache
