@@ -2,10 +2,10 @@
 
     python benchmarks/machine_code.py
 
-Compiles the kernels at the shapes of ConMamba-L with Triton's own assembler, and issues each inner
-loop's instructions in their order, with the waits that the assembler wrote beside them, for 1, 2
-and 4 warps of a scheduler. Latencies are the usual ones of this architecture; what stands in a loop
-counts as executed, also behind a branch. It tells what a kernel waits for, and which of two is
+Compiles the kernels at the shapes of ConMamba-L and -S with Triton's own assembler, and issues each
+inner loop's instructions in their order, with the waits that the assembler wrote beside them, for
+1, 2 and 4 warps of a scheduler. Latencies are the usual ones of this architecture; what stands in a
+loop counts as executed, also behind a branch. It tells what a kernel waits for, and which of two is
 faster, before there is a GPU to measure on. It is no measurement.
 
 Prints a row a loop: registers and bytes of spilled ones a thread, instructions, cycles of a pass
@@ -203,6 +203,7 @@ def paths(batch, frames, labels):
 CALLS = {
     "scan": lambda: scan(False, 32, 1024, 400),
     "both": lambda: scan(True, 32, 1024, 400),
+    "narrow": lambda: scan(True, 32, 288, 400),
     "hour": lambda: scan(False, 1, 1024, 45000),
     "conv": lambda: convolution(32, 1024, 400),
     "ctc": lambda: paths(32, 400, 60),
@@ -215,7 +216,8 @@ def parse():
     )
     parser.add_argument(
         "--calls", nargs="+", choices=CALLS, default=list(CALLS),
-        help="the scan in one direction, in both, of an hour in pieces; convolution; CTC's paths",
+        help="the scan in one direction, in both, in both of ConMamba-S, of an hour in pieces; "
+        "convolution; CTC's paths",
     )  # fmt: skip
     parser.add_argument("--latency", type=int, default=280, help="cycles until memory answers")
     parser.add_argument("--waits", type=int, default=3, help="how many waits to name a loop")
@@ -241,7 +243,7 @@ def main():
                     f"{time} {text.split(',')[0]}" for text, time in row["waits"].items()
                 )
                 print(
-                    f"{call:4s} {name:32s} {registers:3d} registers, {spilled:4d} bytes spilled: "
+                    f"{call:6s} {name:32s} {registers:3d} registers, {spilled:4d} bytes spilled: "
                     f"{len(loop):5d} instructions, cycles {cycles}; waits {shown}",
                     flush=True,
                 )

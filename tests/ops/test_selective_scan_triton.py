@@ -17,6 +17,7 @@ from modules.ops.selective_scan import (
     selective_scan,
     triton,
 )
+from modules.ops.selective_scan.triton_extent import EXTENTS, extent_of
 from tests.ops.interpreted import (
     DEVICE,
     INTERPRETED,
@@ -79,6 +80,24 @@ CASES = [  # frames, channels, states, reverse, lengths, softplus, what is left 
 ]
 
 
+# As CASES, also for the extent of programs that so small a scan would not choose.
+EXTENT_CASES = [
+    (1, 1, 4, False, False, True, ()),
+    (3, 40, 16, True, True, True, ("z", "initial_state")),
+    (6, 33, 64, True, True, True, ("z",)),
+    (9, 79, 16, False, True, True, ("D",)),
+    (17, 41, 8, True, False, False, ("dt_bias",)),
+    (38, 33, 16, False, True, True, ()),
+]
+
+
+@pytest.fixture(params=EXTENTS, ids=lambda extent: f"{extent.channels} channels")
+def extent(request, monkeypatch):
+    """Programs have so many channels, whatever the shape."""
+    monkeypatch.setattr(triton, "extent_of", lambda *shape: request.param)
+    return request.param
+
+
 @pytest.fixture
 def fresh_memory_is_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -89,6 +108,17 @@ def fresh_memory_is_nan():
 @runs_kernels
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_naive_in_double(case):
+    assert_case(case)
+
+
+@runs_kernels
+@pytest.mark.parametrize("extent", EXTENTS[1:], indirect=True, ids=lambda x: x.channels)
+@pytest.mark.parametrize("case", EXTENT_CASES, ids=str)
+def test_other_extents_equal_naive_in_double(case, extent):
+    assert_case(case)
+
+
+def assert_case(case):
     frames, channels, states, reverse, with_lengths, softplus, leave_out = case
     leaves = leaves_of(torch.float32, frames, channels, states, leave_out=leave_out)
     if not softplus:
@@ -105,7 +135,7 @@ def test_equals_naive_in_double(case):
 @runs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("states", [16, 6, 2])  # of bfloat16 in pairs: four, two or one a thread
-def test_half_precision(dtype, states):
+def test_half_precision(dtype, states, extent):
     leaves = leaves_of(dtype, 5, 20, states)
     assert_close(leaves, TOLERANCE[dtype], lengths=lengths_of(5), reverse=True)
     leaves["dt"] = leaves["dt"].detach().float().requires_grad_()  # each has a dtype of its own
@@ -114,7 +144,9 @@ def test_half_precision(dtype, states):
 
 @runs_kernels
 @pytest.mark.parametrize("reverse, garbage", [(False, float("inf")), (True, float("nan"))])
-def test_views_of_projections_with_garbage_in_the_padding(reverse, garbage, fresh_memory_is_nan):
+def test_views_of_projections_with_garbage_in_the_padding(
+    reverse, garbage, extent, fresh_memory_is_nan
+):
     frames, channels, states = 6, 33, 4
     lengths = lengths_of(frames)
     padding = torch.arange(frames, device=DEVICE) >= lengths[:, None]
@@ -189,14 +221,13 @@ def test_time_in_pieces(reverse, leave_out, monkeypatch):
     """Pieces of 32 frames: a full one, one cut by the length, one without any valid frame."""
     monkeypatch.setattr(triton, "LEAST", 16)
     frames = 70
-    launch = triton._Launch((1, 3, frames, 20), 4, 0, True, False, words=8)
-    assert (launch.pieces, launch.piece_frames) == (3, 32)
+    assert triton._pieces(1, 3, frames, 20) == (3, 32)
     leaves = leaves_of(torch.float32, frames, 20, 4, leave_out=leave_out)
     assert_close(leaves, 1e-5, lengths=lengths_of(frames), reverse=reverse)
 
 
 @runs_kernels
-def test_both_directions_at_once_equal_two_scans():
+def test_both_directions_at_once_equal_two_scans(extent):
     """Also with one gradient for both, as the gate around them gives it."""
     frames, channels, states = 38, 33, 16
     shapes = {"u": (2, 2, frames, channels), "dt": (2, 2, frames, channels)}
@@ -258,7 +289,7 @@ def test_softplus_far_from_zero():
 
 
 @runs_kernels
-def test_gradient_from_the_state_or_the_result_alone():
+def test_gradient_from_the_state_or_the_result_alone(extent):
     leaves = leaves_of(torch.float32, 6, 8, 4)
     for part in (0, 1):
         both = []
@@ -317,6 +348,23 @@ def test_what_it_refuses():
         assert "CUDA" in available_backends()["triton"]
 
 
+@pytest.mark.parametrize(
+    "scans, channels, expected",
+    [
+        (58, 288, 32),  # 522 programs for 528 schedulers
+        (59, 288, 40),  # 531, or 472 of 40 channels
+        (64, 288, 40),
+        (66, 288, 40),
+        (67, 288, 32),  # of either some scheduler has two
+        (64, 1024, 32),
+        (1, 8, 32),
+        (0, 288, 32),
+    ],
+)
+def test_fewest_waits_for_the_last_scheduler(scans, channels, expected):
+    assert extent_of(scans, channels, torch.device("cpu")).channels == expected
+
+
 def test_never_chosen_on_a_cpu(monkeypatch):
     monkeypatch.setattr(triton, "selective_scan", None)
     assert selective_scan(**make(3, dtype=torch.float32)).shape == (3, 3, 5)
@@ -326,23 +374,24 @@ def test_never_chosen_on_a_cpu(monkeypatch):
 @installed
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter hides the compiler")
 @pytest.mark.parametrize(
-    "dtype, states, absent",
+    "dtype, states, absent, extent",
     [
-        ("bf16", 16, {"z", "dz", "initial", "dfinal", "dinitial", "total"}),
-        ("fp32", 4, {"D", "dt_bias", "lengths"}),
+        ("bf16", 16, {"z", "dz", "initial", "dfinal", "dinitial", "total"}, EXTENTS[0]),
+        ("bf16", 16, {"z", "dz", "initial", "dfinal", "dinitial", "total"}, EXTENTS[1]),
+        ("fp32", 4, {"D", "dt_bias", "lengths"}, EXTENTS[0]),
     ],
 )
-def test_compiles_for_an_h200(dtype, states, absent):
+def test_compiles_for_an_h200(dtype, states, absent, extent):
     from modules.ops.selective_scan.triton_backward import backward_kernel
     from modules.ops.selective_scan.triton_kernels import forward_kernel
     from modules.ops.selective_scan.triton_sums import message_kernel
 
     packed = dtype == "bf16"
-    given = {"SOFTPLUS": True, "N": states, "CHUNK": triton.CHUNK, "SEGMENT": triton.SEGMENT}
-    given["PACKED"] = packed
+    given = {"SOFTPLUS": True, "N": states, "SEGMENT": triton.SEGMENT}
+    given |= {"PACKED": packed, "EXTRA": extent.extra}
 
-    def compiled(kernel, absent, most=triton.REGISTERS):
-        constants = dict.fromkeys(absent) | given
+    def compiled(kernel, absent, most=extent.registers, chunk=triton.CHUNK):
+        constants = dict.fromkeys(absent) | given | {"CHUNK": chunk}
         pointers = {"BC": "i32" if packed else "fp32"}
         return compile_kernel(kernel, dtype, constants, 1, most, **pointers)[:2]
 
@@ -350,8 +399,9 @@ def test_compiles_for_an_h200(dtype, states, absent):
         assert compiled(forward_kernel, absent | {"y", "starts", "z", "initial"})[1] == 0
         assert compiled(message_kernel, absent)[1] == 0
         absent = absent | {"total"}
-    for kernel, most in ((forward_kernel, triton.REGISTERS), (backward_kernel, None)):
-        registers, spilled = compiled(kernel, absent, most)
+    forward = forward_kernel, extent.registers, triton.CHUNK
+    for kernel, most, chunk in (forward, (backward_kernel, None, extent.chunk)):
+        registers, spilled = compiled(kernel, absent, most, chunk)
         assert registers <= (most or 255)
         assert spilled <= 400, "bytes, far more than when it was measured"
 

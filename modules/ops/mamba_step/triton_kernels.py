@@ -6,7 +6,7 @@ d numbers channels, n states, k the taps of the convolution, oldest first.
 import triton
 import triton.language as tl
 
-from modules.ops.selective_scan.triton_kernels import LOG2E, step_size
+from modules.ops.selective_scan.triton_frames import LOG2E, step_size
 
 
 @triton.jit

@@ -20,16 +20,14 @@ import torch
 from modules.ops.kernels import availability, dense_rows, interpreting, supports  # noqa: F401
 from modules.ops.operator import Operator
 from modules.ops.parameter_sums import parameter_sums
+from modules.ops.selective_scan.triton_extent import EXTENTS, extent_of
 
-CHANNELS = 32  # a program's
 STATES = 16  # a program's at most: more do not fit its registers
-CHUNK = 4  # frames loaded ahead, and held in registers by the backward
+CHUNK = 4  # frames loaded ahead by the forward
 SEGMENT = 32  # frames between kept states
 ENOUGH = 1024  # programs that fill a large card
 LEAST = 512  # frames a piece, at least
-# Left to itself the assembler spares registers, for warps that are not there: it waits for every
-# shuffle in turn, and a frame takes twice its time (benchmarks/machine_code.py).
-REGISTERS = 128  # a thread's, where no more are needed
+LANES = 32  # a warp's, which is a program
 # The log's words beside the choice of this backend.
 FIRST_CALL = "the first calls compile for up to a minute and a half, once a machine"
 
@@ -109,7 +107,8 @@ def _forward(
     )
     final = last
     inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths)
-    options = {"strided": (u, dt, z), "CHUNK": CHUNK, "SEGMENT": SEGMENT, "maxnreg": REGISTERS}
+    options = {"strided": (u, dt, z), "CHUNK": CHUNK, "SEGMENT": SEGMENT}
+    options |= {"EXTRA": launch.extent.extra, "maxnreg": launch.extent.registers}
     if launch.pieces > 1:
         final = last.new_empty(launch.groups, launch.batch, launch.pieces, *last.shape[2:])
         launch(forward_kernel, (*inputs, None, None, final, None, total), **options)
@@ -125,10 +124,12 @@ def _shapes(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, lengths, 
     pieces, piece_frames = _pieces(groups, batch, frames, channels)
     segments = -(-piece_frames // SEGMENT)
     sums = groups * batch * pieces * channels
-    kept = groups * batch * pieces * segments * -(-channels // CHANNELS) * CHANNELS
+    # Enough for any extent: which one it will be, a graph that is compiled does not know.
+    places = torch.sym_max(*((4 + x.extra) * x.blocks(channels) for x in EXTENTS))
+    kept = groups * batch * pieces * segments * places * LANES
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     last = u.new_empty(groups, batch, A.shape[2], channels, dtype=torch.float32)
-    starts = last.new_empty(kept * _slots(A.shape[2]) if keep else 0)
+    starts = last.new_empty(kept * _per_lane(A.shape[2]) if keep else 0)
     A_t = last.new_empty(A.mT.shape if keep else 0)
     return y, last, starts, last.new_empty(sums), A_t
 
@@ -153,9 +154,9 @@ def _backward(gradients, args, kept):
         None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for x in (u, dt, z, B, C)
     )
-    scratch = A_t.new_empty(
-        groups * batch * pieces * blocks, SEGMENT // CHUNK - 1, _slots(states), CHANNELS
-    )
+    extra, chunk = launch.extent.extra, launch.extent.chunk
+    kept_states = (4 + extra) * _per_lane(states) * LANES
+    scratch = A_t.new_empty(groups * batch * pieces * blocks, SEGMENT // chunk - 1, kept_states)
     dBC = A_t.new_empty(groups, batch, blocks, frames, 2 * states)
     dparameters = A_t.new_empty(groups, batch, pieces, states + 2, channels)
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
@@ -163,11 +164,12 @@ def _backward(gradients, args, kept):
     if pieces > 1:
         before = A_t.new_empty(groups, batch, pieces, states, channels)
         inputs = (dt, A_t, BC, z, dt_bias, lengths, dy, before)
-        launch(message_kernel, inputs, strided=(dt, z, dy), CHUNK=CHUNK, maxnreg=REGISTERS)
+        options = {"CHUNK": CHUNK, "maxnreg": launch.extent.registers}
+        launch(message_kernel, inputs, strided=(dt, z, dy), **options)
         dlast = launch.chain(before, total, A_t, dlast, dinitial, backwards=True)
         first = None
     inputs = (u, dt, A_t, BC, D, z, dt_bias, lengths, starts, scratch, dy, dlast)
-    options = {"strided": (u, dt, z, dy), "CHUNK": CHUNK, "SEGMENT": SEGMENT}
+    options = {"strided": (u, dt, z, dy), "CHUNK": chunk, "SEGMENT": SEGMENT, "EXTRA": extra}
     launch(backward_kernel, (*inputs, du, ddt, dz, dBC, dparameters, first), **options)
     launch.sum_blocks(dBC, dB, dC)
     dA, dD, dbias = parameter_sums(dparameters.flatten(1, 2), A, D, dt_bias)
@@ -190,27 +192,28 @@ _operator = Operator(
 def _pieces(groups, batch, frames, channels):
     """-> into how many pieces time is cut, and the frames of each: whole segments"""
     # sym_min and sym_max, for a compiled graph's sizes are not known when it is made.
-    programs = torch.sym_max(groups * batch * -(-channels // CHANNELS), 1)
+    programs = torch.sym_max(groups * batch * EXTENTS[0].blocks(channels), 1)
     pieces = torch.sym_max(torch.sym_min(ENOUGH // programs, frames // LEAST), 1)
     piece_frames = -(-frames // (pieces * SEGMENT)) * SEGMENT
     return -(-frames // piece_frames), piece_frames
 
 
-def _slots(states):
-    """States that a thread has place for: of four channels `triton_layout.per_lane` each."""
-    return 4 * (4 if states > 8 else 2 if states > 4 else 1)
+def _per_lane(states):
+    """A channel's states that a thread has place for, as `triton_layout.per_lane`."""
+    return 4 if states > 8 else 2 if states > 4 else 1
 
 
 class _Launch:
     """Runs kernels over a shape's pieces, scans and blocks of channels."""
 
-    def __init__(self, shape, states, reverse_from, softplus, packed, words):
+    def __init__(self, shape, states, reverse_from, softplus, packed, words, extent):
         self.groups, self.batch, self.frames, self.channels = shape
         self.states, self.reverse_from = states, reverse_from
         self.constants = {"SOFTPLUS": softplus, "N": states, "PACKED": packed}
         self.words = words  # from one row of B and C to the next
-        self.blocks = -(-self.channels // CHANNELS)
         self.pieces, self.piece_frames = _pieces(*shape)
+        self.extent = extent
+        self.blocks = extent.blocks(self.channels)
 
     def __call__(self, kernel, tensors, strided, **options):
         """strided: the tensors whose rows need not be dense."""
@@ -263,7 +266,12 @@ class _Launch:
 
 
 def _launch(u, A, B, C, BC, dt_softplus, reverse_from):
-    return _Launch(u.shape, A.shape[2], reverse_from, dt_softplus, _packed(B, C), BC.stride(2))
+    groups, batch, _frames, channels = u.shape
+    extent = extent_of(groups * batch, channels, u.device)
+    if _pieces(*u.shape)[0] > 1:
+        extent = EXTENTS[0]  # the one for which the kernels of pieces are made
+    options = (reverse_from, dt_softplus, _packed(B, C), BC.stride(2), extent)
+    return _Launch(u.shape, A.shape[2], *options)
 
 
 def _packed(B, C):

@@ -1,27 +1,28 @@
 # ruff: noqa: RUF005 - Triton knows tuples only to add them
 """Which thread of a warp has which of the selective scan's states, and how numbers pass between.
 
-A warp has CHANNELS channels. Four neighbouring lanes share four channels: each has all four, and a
+Four neighbouring lanes share four channels, or with an extra one five: each has all of them, and a
 quarter of their states, PER of them. So B and C are read, and dB and dC summed, for a quarter of
 the states a lane; what is a number a channel (u, dt, y) belongs to the lane of the channel's own
-number, which gives it to the other three, or gathers their shares of it.
+number, which gives it to the other three, or gathers their shares of it (`triton_extra`: the
+extra channel's).
 
-Place i of a lane's channels has channel lane ^ i, place n of its states has state n ^ order of its
-quarter, order being another one in every group of four lanes: so a lane's own is always in the
-first place, and a sum over lanes halves its vectors without a choice. Tuples hold the places
-(i, n) in order.
+Place i of a lane's channels has channel lane ^ i, places from the fourth the extra channels, which
+stand behind the others of the warp; place n of its states has state n ^ order of its quarter, order
+being another one in every group of four lanes: so a lane's own is always in the first place, and a
+sum over lanes halves its vectors without a choice. Tuples hold the places (i, n) in order.
 """
 
 import triton
 import triton.language as tl
 
-CHANNELS = tl.constexpr(32)  # a program's: one a thread of its warp, if each counts its own
+LANES = tl.constexpr(32)  # a warp's
 
 
 @triton.jit
 def lanes(N: tl.constexpr):
     """-> lane, the first state of its quarter, the order of its states"""
-    lane = tl.arange(0, CHANNELS)
+    lane = tl.arange(0, LANES)
     PER: tl.constexpr = per_lane(N)
     if PER == 4:
         order = ((lane >> 3) & 1) + ((lane >> 3) & 2)
@@ -39,13 +40,21 @@ def per_lane(N):
 
 
 @triton.jit
-def load_states(p, channels, block, N: tl.constexpr):
+def channel(block, i, EXTRA: tl.constexpr):
+    """The channel at place i of a lane's, in a block of 32 and 8 EXTRA."""
+    lane = tl.arange(0, LANES)
+    in_block = (lane ^ i) if i < 4 else LANES + (i - 4) * 8 + (lane >> 2)
+    return block * (LANES + 8 * EXTRA) + in_block
+
+
+@triton.jit
+def load_states(p, channels, block, EXTRA: tl.constexpr, N: tl.constexpr):
     """(N, D) at a block's channels -> a lane's; zero for channels and states that there are not."""
-    lane, own, order = lanes(N)
+    _lane, own, order = lanes(N)
     PER: tl.constexpr = per_lane(N)
     states = ()
-    for i in tl.static_range(4):
-        d = block * CHANNELS + (lane ^ i)
+    for i in tl.static_range(4 + EXTRA):
+        d = channel(block, i, EXTRA)
         for n in tl.static_range(PER):
             state = own + (n ^ order)
             there = (d < channels) & (state < N)
@@ -54,12 +63,12 @@ def load_states(p, channels, block, N: tl.constexpr):
 
 
 @triton.jit
-def store_states(p, states, channels, block, N: tl.constexpr):
+def store_states(p, states, channels, block, EXTRA: tl.constexpr, N: tl.constexpr):
     """The inverse of `load_states`."""
-    lane, own, order = lanes(N)
+    _lane, own, order = lanes(N)
     PER: tl.constexpr = per_lane(N)
-    for i in tl.static_range(4):
-        d = block * CHANNELS + (lane ^ i)
+    for i in tl.static_range(4 + EXTRA):
+        d = channel(block, i, EXTRA)
         for n in tl.static_range(PER):
             state = own + (n ^ order)
             at = p + state * channels + d
@@ -67,27 +76,27 @@ def store_states(p, states, channels, block, N: tl.constexpr):
 
 
 @triton.jit
-def keep(p, states, N: tl.constexpr):
+def keep(p, states):
     """As they lie, for the same program to `fetch`."""
-    lane = tl.arange(0, CHANNELS)
-    for k in tl.static_range(4 * per_lane(N)):
-        tl.store(p + k * CHANNELS + lane, states[k])
+    lane = tl.arange(0, LANES)
+    for k in tl.static_range(len(states)):
+        tl.store(p + k * LANES + lane, states[k])
 
 
 @triton.jit
-def fetch(p, N: tl.constexpr):
-    lane = tl.arange(0, CHANNELS)
+def fetch(p, EXTRA: tl.constexpr, N: tl.constexpr):
+    lane = tl.arange(0, LANES)
     states = ()
-    for k in tl.static_range(4 * per_lane(N)):
-        states = states + (tl.load(p + k * CHANNELS + lane),)
+    for k in tl.static_range((4 + EXTRA) * per_lane(N)):
+        states = states + (tl.load(p + k * LANES + lane),)
     return states
 
 
 @triton.jit
-def zeros(N: tl.constexpr):
+def zeros(EXTRA: tl.constexpr, N: tl.constexpr):
     states = ()
-    for _k in tl.static_range(4 * per_lane(N)):
-        states = states + (tl.zeros([CHANNELS], tl.float32),)
+    for _k in tl.static_range((4 + EXTRA) * per_lane(N)):
+        states = states + (tl.zeros([LANES], tl.float32),)
     return states
 
 
@@ -97,11 +106,11 @@ def load_row(BC, N: tl.constexpr, PACKED: tl.constexpr):
 
     Of pairs there are at most 16: the upper lanes have them too (`turned`).
     """
-    lane = tl.arange(0, CHANNELS)
+    lane = tl.arange(0, LANES)
     if PACKED:
         lane = lane & 15
     words: tl.constexpr = N if PACKED else 2 * N
-    if words == CHANNELS or (PACKED and words == 16):
+    if words == LANES or (PACKED and words == 16):
         row = tl.load(BC + lane)
     else:
         row = tl.load(BC + lane, mask=lane < words, other=0)
@@ -113,7 +122,7 @@ def turned(row, PACKED: tl.constexpr):
     """The row, the upper lanes' pairs the other way round."""
     if PACKED:
         other = (row << 16) | ((row >> 16) & 65535)
-        row = tl.where(tl.arange(0, CHANNELS) < 16, row, other)
+        row = tl.where(tl.arange(0, LANES) < 16, row, other)
     return row
 
 
@@ -149,14 +158,14 @@ def numbers(row, first, N: tl.constexpr, PACKED: tl.constexpr):
 @triton.jit
 def of_four(x):
     """A number of each channel's own lane -> of a lane's four channels."""
-    lane = tl.arange(0, CHANNELS)
+    lane = tl.arange(0, LANES)
     return (x, tl.gather(x, lane ^ 1, 0), tl.gather(x, lane ^ 2, 0), tl.gather(x, lane ^ 3, 0))
 
 
 @triton.jit
 def sum_of_four(values):
     """Shares of a lane's four channels -> the sum of each channel's, in its own lane."""
-    lane = tl.arange(0, CHANNELS)
+    lane = tl.arange(0, LANES)
     far = tl.gather(values[2], lane ^ 2, 0) + tl.gather(values[3], lane ^ 3, 0)
     return values[0] + tl.gather(values[1], lane ^ 1, 0) + far
 
@@ -167,7 +176,7 @@ def halve(values, WIDTH: tl.constexpr, BIT: tl.constexpr, ORDERED: tl.constexpr)
 
     The bit BIT of a lane's number says which half is its own; if they are ORDERED, it is the first.
     """
-    lane = tl.arange(0, CHANNELS)
+    lane = tl.arange(0, LANES)
     upper = (lane & BIT) != 0
     half = ()
     for i in tl.static_range(WIDTH):
@@ -184,7 +193,7 @@ def halve(values, WIDTH: tl.constexpr, BIT: tl.constexpr, ORDERED: tl.constexpr)
 def sum_over_groups(dB, dC, N: tl.constexpr):
     """Shares of dB and dC at a lane's states -> the sum that `place_in_row` says, over channels."""
     PER: tl.constexpr = per_lane(N)
-    lane = tl.arange(0, CHANNELS)
+    lane = tl.arange(0, LANES)
     values = ()
     for n in tl.static_range(PER):  # the first bit to halve them by is the order's highest
         values = values + (dB[n], dC[n])

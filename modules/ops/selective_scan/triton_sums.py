@@ -10,7 +10,7 @@ way, from the last to the first. The second pass scans every piece from its star
 import triton
 import triton.language as tl
 
-from modules.ops.selective_scan.triton_kernels import (
+from modules.ops.selective_scan.triton_frames import (
     at,
     bias_of,
     decays_of,
@@ -20,7 +20,7 @@ from modules.ops.selective_scan.triton_kernels import (
     step_size,
 )
 from modules.ops.selective_scan.triton_layout import (
-    CHANNELS,
+    LANES,
     load_row,
     load_states,
     numbers,
@@ -99,16 +99,16 @@ def message_kernel(
     )
     PER: tl.constexpr = per_lane(N)
     block = tl.program_id(0)
-    d = block * CHANNELS + tl.arange(0, CHANNELS)
+    d = block * LANES + tl.arange(0, LANES)
     d_read = tl.minimum(d, channels - 1)
-    A_n = load_states(A + group * N * channels, channels, block, N)
+    A_n = load_states(A + group * N * channels, channels, block, 0, N)
     bias = bias_of(dt_bias, group, channels, d)
     dt += group * dt_g + b * dt_b + first * dt_t + d_read
     dy += group * dy_g + b * dy_b + first * dy_t + d_read
     if z is not None:
         z += group * z_g + b * z_b + first * z_t + d_read
     BC += (scan * frames + first) * words
-    message = zeros(N)
+    message = zeros(0, N)
     if length > 0:
         rows = ()
         for i in tl.static_range(CHUNK):
@@ -135,4 +135,4 @@ def message_kernel(
                 t = position(length - 1 - (back + CHUNK + i), length, origin, sign)
                 frame = load_message(dt, dy, z, BC, t, dt_t, dy_t, z_t, words, N, PACKED)
                 rows = rows[1:] + (frame,)
-    store_states(before + piece * N * channels, message, channels, block, N)
+    store_states(before + piece * N * channels, message, channels, block, 0, N)
