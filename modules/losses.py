@@ -1,9 +1,8 @@
-"""CTC on the columns that it needs, and SpeechBrain's sequence loss; both take counts."""
+"""CTC on the columns that it needs, and the loss of the decoder; both take counts."""
 
 import math
 
 import torch
-from speechbrain.nnet import losses
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
@@ -67,19 +66,15 @@ class ColumnCTC(torch.autograd.Function):
         if grad is not None:
             # It needs no correction for the columns left out.
             grad = grad.gather(2, first.unsqueeze(1).expand_as(index))
-            ctx.save_for_backward(logits, whole, index, grad, valid & ~impossible.unsqueeze(1))
+            ctx.save_for_backward(logits, whole, columns, grad, valid & ~impossible.unsqueeze(1))
         return loss.masked_fill(impossible, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        logits, whole, index, column_grad, counts = ctx.saved_tensors
+        logits, whole, columns, column_grad, counts = ctx.saved_tensors
         factors = grad_loss.to(whole.dtype).unsqueeze(1).masked_fill(~counts, 0.0)
-        grad = scaled_softmax(logits, whole, factors)
-        column_grad = column_grad * factors.unsqueeze(2)
-        # Not multiplied by zero, which NaN would survive.
-        column_grad = column_grad.masked_fill_((factors == 0).unsqueeze(2), 0.0)
-        return grad.scatter_(2, index, column_grad.to(grad.dtype)), *[None] * 6
+        return scaled_softmax(logits, whole, factors, columns, column_grad), *[None] * 6
 
 
 def consistency_loss(logits, lengths):
@@ -110,15 +105,15 @@ def too_few_frames(tokens, lengths, token_lengths):
 def sequence_loss(log_probs, tokens, token_lengths, label_smoothing=0.0):
     """Label-smoothed Kullback-Leibler divergence (Szegedy et al. 2016), as `ctc_loss` reduces.
 
-    log_probs (B, U, V), tokens (B, U) with 0 as padding, token_lengths (B,) -> scalar.
+    log_probs (B, U, V), tokens (B, U) with 0 as padding, token_lengths (B,) -> scalar. It is
+    SpeechBrain's `kldiv_loss`, which has a distribution of V numbers for each token and passes a
+    dozen times over as many.
     """
-    if label_smoothing == 0:
-        # SpeechBrain's turns log_probs around for PyTorch's, which copies them forward and back.
-        loss = F.nll_loss(log_probs.flatten(0, 1), tokens.flatten().long(), reduction="none")
-        return zero_padding(loss.view_as(tokens), token_lengths).sum() / len(tokens)
-    # Half a token less: SpeechBrain compares positions with the product of a relative length
-    # and U, which in float32 may pass the count by a rounding error and let a padded token in.
-    lengths = (token_lengths.to(torch.float32) - 0.5) / tokens.shape[1]
-    return losses.kldiv_loss(
-        log_probs, tokens, length=lengths, label_smoothing=label_smoothing, reduction="batchmean"
-    )
+    scores = log_probs.flatten(0, 1)
+    loss = F.nll_loss(scores, tokens.flatten().long(), reduction="none")
+    if label_smoothing:
+        # The distribution has two numbers: the token's, and that of each of the others.
+        its, others = 1 - label_smoothing, label_smoothing / (log_probs.shape[2] - 1)
+        entropy = -its * math.log(its) - label_smoothing * math.log(others)
+        loss = (its - others) * loss - others * scores.sum(dim=1) - entropy
+    return zero_padding(loss.view_as(tokens), token_lengths).sum() / len(tokens)

@@ -1,4 +1,7 @@
-"""The CTC loss looks at a few columns of the logits, and equals the one that looks at all."""
+"""The CTC loss looks at a few columns of the logits, and equals the one that looks at all.
+
+The loss of the decoder equals SpeechBrain's.
+"""
 
 import math
 
@@ -7,7 +10,7 @@ import torch
 from speechbrain.nnet import losses
 
 from modules.lengths import relative, valid_frames, zero_padding
-from modules.losses import ctc_loss, too_few_frames
+from modules.losses import ctc_loss, sequence_loss, too_few_frames
 from modules.ops import ctc
 
 
@@ -159,3 +162,26 @@ def test_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = with_gradient(ctc_loss, logits, *batch[1:])
     assert_equal(result, expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_the_decoders_loss_is_speechbrains(smoothing):
+    """Value and gradient, of its `kldiv_loss` with smoothing and of its `nll_loss` without."""
+    torch.manual_seed(0)
+    tokens, lengths = torch.randint(1, 50, (4, 9)), torch.tensor([9, 1, 4, 7])
+    tokens = zero_padding(tokens, lengths)
+    scores = torch.randn(4, 9, 50, dtype=torch.float64, requires_grad=True)
+    found = []
+    for ours in (True, False):
+        log_probs = scores.log_softmax(dim=-1)
+        if ours:
+            loss = sequence_loss(log_probs, tokens, lengths, smoothing)
+        elif smoothing:
+            options = {"label_smoothing": smoothing, "reduction": "batchmean"}
+            loss = losses.kldiv_loss(log_probs, tokens, **options)
+        else:
+            each = losses.nll_loss(log_probs, tokens, relative(lengths, 9), reduction="batch")
+            loss = (each * lengths).sum() / len(lengths)
+        found.append((loss, *torch.autograd.grad(loss, scores)))
+    torch.testing.assert_close(*found)
+    assert not found[0][1][~valid_frames(lengths, 9)].any()

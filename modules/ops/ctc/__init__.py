@@ -55,13 +55,16 @@ def normalizers(logits, *, backend="auto"):
     return _pick(logits, False, backend).normalizers(logits)
 
 
-def scaled_softmax(logits, normalizers, factors, *, backend="auto"):
-    """Softmax times a factor a frame, and zero, whatever the logits are, where that is zero.
+def scaled_softmax(logits, normalizers, factors, columns, values, *, backend="auto"):
+    """Softmax, but in some columns other values, times a factor a frame.
 
-    logits (B, T, V), their `normalizers` (B, T), factors (B, T) -> (B, T, V) in logits' dtype.
+    logits (B, T, V), their `normalizers` (B, T), factors (B, T), columns (B, C) of an utterance,
+    which may come twice with the same values (B, T, C) -> (B, T, V) in logits' dtype: zero,
+    whatever the rest is, where the factor is zero.
     backend: as of `ctc`.
     """
-    return _pick(logits, False, backend).scaled_softmax(logits, normalizers, factors)
+    backend = _pick(logits, False, backend)
+    return backend.scaled_softmax(logits, normalizers, factors, columns, values)
 
 
 def _pick(x, needs_grad, backend):

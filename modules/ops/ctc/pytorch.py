@@ -38,12 +38,14 @@ def normalizers(logits):
     return torch.cat([x.to(dtype).logsumexp(dim=2) for x in parts])
 
 
-def scaled_softmax(logits, normalizers, factors):
+def scaled_softmax(logits, normalizers, factors, columns, values):
     """As `modules.ops.ctc.scaled_softmax`."""
     out, n = torch.empty_like(logits), utterances_at_once(logits)
     parts = (x.split(n) for x in (logits, factors.unsqueeze(2), out))
     for x, factor, y in zip(*parts, strict=True):
         torch.mul(x.softmax(dim=2, dtype=normalizers.dtype), factor, out=y)
+    index = columns.unsqueeze(1).expand_as(values)
+    out.scatter_(2, index, (values * factors.unsqueeze(2)).to(out.dtype))
     # Not multiplied by zero, which NaN would survive.
     return out.masked_fill_((factors == 0).unsqueeze(2), 0.0)
 

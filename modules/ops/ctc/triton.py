@@ -55,14 +55,19 @@ def normalizers(logits):
     return out
 
 
-def scaled_softmax(logits, normalizers, factors):
+def scaled_softmax(logits, normalizers, factors, columns, values):
     """As `modules.ops.ctc.scaled_softmax`."""
     from modules.ops.ctc.triton_kernels import scaled_softmax_kernel
 
-    logits, factors = logits.contiguous(), factors.contiguous()
-    out = torch.empty_like(logits)
+    logits, out = (
+        logits.contiguous(),
+        torch.empty(logits.shape, dtype=logits.dtype, device=logits.device),
+    )
+    count = columns.shape[1]
     grid = factors.numel(), -(-logits.shape[2] // COLUMNS)
-    _launch(scaled_softmax_kernel, grid, (logits, normalizers, factors, out))
+    given = (normalizers, factors, columns, values)
+    tensors = (logits, *(x.contiguous() for x in given), out)
+    _launch(scaled_softmax_kernel, grid, tensors, logits.shape[1], count, GIVEN=power_of_two(count))
     return out
 
 
@@ -71,7 +76,7 @@ def power_of_two(least):
     return max(1 << (least - 1).bit_length(), 32)
 
 
-def _launch(kernel, grid, tensors):
+def _launch(kernel, grid, tensors, *numbers, **constants):
     logits, columns = tensors[0], tensors[0].shape[2]
     if logits.numel() == 0:
         return
@@ -80,5 +85,7 @@ def _launch(kernel, grid, tensors):
     block = min(COLUMNS, max(1 << (columns - 1).bit_length(), 64))
     with torch.cuda.device_of(logits):
         kernel[grid](
-            *tensors, columns // unit, UNIT=unit, COLUMNS=block, num_warps=max(block // 256, 1)
+            *(*tensors, columns // unit, *numbers),
+            **{"UNIT": unit, "COLUMNS": block} | constants,
+            num_warps=max(block // 256, 1),
         )

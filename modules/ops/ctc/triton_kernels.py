@@ -211,17 +211,26 @@ def normalizers_kernel(logits, out, units, UNIT: tl.constexpr, COLUMNS: tl.const
     tl.store(out + tl.program_id(0), highest + tl.log(tl.sum(total, axis=0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "count"])
 def scaled_softmax_kernel(
-    logits, normalizers, factors, out, units, UNIT: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Softmax times the row's factor, one program a row and block of columns."""
+    logits, normalizers, factors, given, values, out, units, frames, count,
+    UNIT: tl.constexpr, COLUMNS: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """One program a row and block of columns: the softmax, then the values of the columns given."""
     columns = units * UNIT
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(1) * COLUMNS
+    column = first + tl.arange(0, COLUMNS)
     mask = column < columns
     factor = tl.load(factors + row)
     x = tl.load(logits + row * columns + column, mask=mask, other=0.0).to(tl.float32)
     value = tl.exp(x - tl.load(normalizers + row)) * factor
     value = tl.where(factor == 0, 0.0, value)
     tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=mask)
+    tl.debug_barrier()  # another thread may have written there
+    i = tl.arange(0, GIVEN)
+    column = tl.load(given + (row // frames) * count + i, mask=i < count, other=-1)
+    here = (column >= first) & (column < first + COLUMNS)
+    value = tl.load(values + row * count + i, mask=here, other=0.0) * factor
+    value = tl.where(factor == 0, 0.0, value)
+    tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=here)
