@@ -29,6 +29,7 @@ class HalvingBrain(HindsightBrain):
         self.on_fit_batch_start(batch, should_step)
         with self.no_sync(not should_step):
             loss = self.learn(batch)
+        vars(batch).pop("features", None)  # for halves; a batch that comes again has its own
         if should_step:
             self.optimizers_step()
         if self.unsettled is None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks import compiled_loop, measure, memory, scan
+from benchmarks.models import build, make_batch, training_step
 from modules.ops.selective_scan import selective_scan
 from tests.recipes import runs
 
@@ -312,3 +313,14 @@ def test_decoding():
         assert [row["tokens"] for row in mine] == [4, 4, 4, 4, 2, 2]
         assert len({row["model"] for row in mine}) == 4
         assert all(row["ms"] > 0 for row in mine)
+
+
+def test_every_training_step_computes_its_features(tmp_path):
+    """Though a benchmark has one batch for all of them."""
+    brain = build("conmamba", "tiny", tmp_path, "cpu", "fp32")
+    calls, compute = [], brain.hparams.compute_features.forward
+    brain.hparams.compute_features.forward = lambda *x: calls.append(x) or compute(*x)
+    batch = make_batch(brain, 2, 0.5)
+    for _ in range(3):
+        training_step(brain, batch)
+    assert len(calls) == 3
