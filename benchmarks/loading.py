@@ -142,7 +142,7 @@ def make_room(batch, number):
     """Let PyTorch's allocator have the memory of so many batches, as a training would by now.
 
     A training keeps no batch. The benchmark does, and every one would ask the driver for memory,
-    for which the host waits.
+    for which the host may wait. 150 steps of 500 s are 7 GB.
     """
     x = batch.sig.data
     if x.is_cuda:

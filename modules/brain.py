@@ -35,7 +35,7 @@ class ASRBrain(TrainingBrain):
         # Statistics are read onto the device that the features are on.
         self.hparams.normalize.to(self.device)
         self.tokenizer = hparams["tokenizer"]
-        self.graphs = self.evaluation_graphs = None
+        self.graphs = self.evaluation_graphs = self.prepared = None
         self.ema = WeightAverage(hparams["model"], getattr(self.hparams, "ema_decay", 0.0))
         self.checkpointer.add_recoverable("ema", self.ema)
 
@@ -133,6 +133,8 @@ class ASRBrain(TrainingBrain):
         super().on_stage_start(stage, epoch)
         if stage != sb.Stage.TEST:  # for which the checkpoints' average is loaded
             self.ema.show(stage == sb.Stage.VALID)
+        if self.prepared is not None:
+            self.prepared.forget()
         if stage != sb.Stage.TRAIN:
             self.wer = ErrorRateStats()
             self.cer = ErrorRateStats(split_tokens=True)
@@ -173,7 +175,7 @@ class ASRBrain(TrainingBrain):
         if "decoder" in self.modules:
             compile_layers(self.modules.decoder)
         if self.compile_mode == "reduce-overhead":
-            self.graphs, self.evaluation_graphs = graphs_for(self)
+            self.graphs, self.evaluation_graphs, self.prepared = graphs_for(self)
 
     def check_loss_isfinite(self, loss):
         super().check_loss_isfinite(loss)

@@ -50,7 +50,7 @@ def compile_layers(network, backend="inductor"):
 
 
 def graphs_for(brain):
-    """CUDA graphs of an `ASRBrain`'s training, or None, and of its evaluation.
+    """CUDA graphs of an `ASRBrain`'s training, or None, of its evaluation, and what that reads.
 
     Training has none with several processes, nor where chunks are drawn for each batch: a graph
     would repeat the size that it was recorded with.
@@ -64,5 +64,5 @@ def graphs_for(brain):
             accumulate=brain.grad_accumulation_factor > 1,
         )
     layers = nn.ModuleList([modules.frontend, modules.encoder])
-    evaluated = Prepared(brain.layers, layers)
-    return graphs, Graphs(evaluated, before=evaluated.refresh)
+    prepared = Prepared(brain.layers, layers)
+    return graphs, Graphs(prepared, before=prepared.refresh), prepared

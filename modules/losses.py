@@ -105,15 +105,16 @@ def too_few_frames(tokens, lengths, token_lengths):
 def sequence_loss(log_probs, tokens, token_lengths, label_smoothing=0.0):
     """Label-smoothed Kullback-Leibler divergence (Szegedy et al. 2016), as `ctc_loss` reduces.
 
-    log_probs (B, U, V), tokens (B, U) with 0 as padding, token_lengths (B,) -> scalar. It is
-    SpeechBrain's `kldiv_loss`, which has a distribution of V numbers for each token and passes a
-    dozen times over as many.
+    log_probs (B, U, V), tokens (B, U), token_lengths (B,) -> scalar. It is SpeechBrain's
+    `kldiv_loss`, to which token 0 is padding wherever it stands, and which has a distribution of V
+    numbers for each token and passes a dozen times over as many; its `nll_loss` without smoothing.
     """
     scores = log_probs.flatten(0, 1)
     loss = F.nll_loss(scores, tokens.flatten().long(), reduction="none")
     if label_smoothing:
         # The distribution has two numbers: the token's, and that of each of the others.
         its, others = 1 - label_smoothing, label_smoothing / (log_probs.shape[2] - 1)
-        entropy = -its * math.log(its) - label_smoothing * math.log(others)
-        loss = (its - others) * loss - others * scores.sum(dim=1) - entropy
+        least = label_smoothing * math.log(others) + (its and its * math.log(its))
+        loss = (its - others) * loss - others * scores.sum(dim=1) + least
+        loss = loss.masked_fill(tokens.flatten() == 0, 0.0)
     return zero_padding(loss.view_as(tokens), token_lengths).sum() / len(tokens)

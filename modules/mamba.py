@@ -273,7 +273,7 @@ class BiMamba(nn.Module):
             y = torch.bmm(x.flatten(0, 1), for_each_utterance(weight, x))
         else:  # nothing is learnt
             y = torch.bmm(x.flatten(1, 2), weight.mT)
-        return y.view(*x.shape[:3], -1)
+        return y.view(*x.shape[:3], weight.shape[1])
 
     def _both(self, name):
         """A parameter of both directions, stacked."""

@@ -31,24 +31,28 @@ class Prepared:
         self.network, self.modules = network, modules
         self.names = [name for name, _ in weights_of_products(modules)]
         self.deriving = [m for m in modules.modules() if hasattr(m, "derive")]
-        self.seen, self.copies, self.derived = None, [], []
+        self.seen, self.half, self.copies, self.derived = None, False, [], []
 
     def __call__(self, *inputs):
         with self.weights_cast(), self.with_derived():
             return self.network(*inputs)
 
+    def forget(self):
+        """Let `refresh` prepare the weights: they may have changed unseen, by a fused optimizer."""
+        self.seen = None
+
     @torch.no_grad()
     def refresh(self):
-        """Prepare the weights, if any has changed since."""
+        """Prepare the weights, if any has been seen to change, or after `forget`."""
         parameters = list(self.modules.parameters())
-        seen = [(p.data_ptr(), p._version) for p in parameters]
+        device = parameters[0].device.type
+        half = torch.is_autocast_enabled(device)
+        seen = [half, *((p.data_ptr(), p._version) for p in parameters)]
         if seen == self.seen:
             return
-        device, weights = (
-            parameters[0].device.type,
-            list(map(self.modules.get_parameter, self.names)),
-        )
-        if torch.is_autocast_enabled(device):
+        self.half = half
+        if half:
+            weights = [self.modules.get_parameter(name) for name in self.names]
             if not self.copies:
                 dtype = torch.get_autocast_dtype(device)
                 self.copies = [torch.empty_like(w, dtype=dtype) for w in weights]
@@ -65,7 +69,7 @@ class Prepared:
         self.seen = seen
 
     def weights_cast(self):
-        if not self.copies:
+        if not self.half:
             return contextlib.nullcontext()
         return _reparametrize_module(self.modules, dict(zip(self.names, self.copies, strict=True)))
 

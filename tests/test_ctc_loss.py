@@ -164,12 +164,14 @@ def test_under_autocast():
     assert_equal(result, expected)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9, 1.0])
 def test_the_decoders_loss_is_speechbrains(smoothing):
     """Value and gradient, of its `kldiv_loss` with smoothing and of its `nll_loss` without."""
     torch.manual_seed(0)
     tokens, lengths = torch.randint(1, 50, (4, 9)), torch.tensor([9, 1, 4, 7])
     tokens = zero_padding(tokens, lengths)
+    if smoothing:
+        tokens[0, 3] = 0  # padding to `kldiv_loss`, wherever it stands
     scores = torch.randn(4, 9, 50, dtype=torch.float64, requires_grad=True)
     found = []
     for ours in (True, False):

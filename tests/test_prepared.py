@@ -1,5 +1,7 @@
 """Weights that were prepared give what weights give that are cast and stacked in every call."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from modules.encoder import Encoder
 from modules.mamba import BiMamba, Mamba
 from modules.prepared import Prepared
 from modules.two_mambas import TwoMambas
+from tests.recipes import runs
 
 LENGTHS = torch.tensor([40, 25])
 
@@ -43,6 +46,47 @@ def test_an_encoder_computes_the_same(mixer, bf16):
     assert (fresh - got).abs().max() > tolerance
     after = [x.data_ptr() for x in prepared.copies] + [x.data_ptr() for x in all_derived(prepared)]
     assert after == places
+
+
+def test_steps_of_a_fused_optimizer():
+    """Its steps do not count as changes of the weights, in `_version`."""
+    encoder, x = make_encoder(), torch.randn(2, 40, 20)
+    prepared = Prepared(encoder, nn.ModuleList([encoder]))
+    before = run(prepared, x, True, prepared.refresh)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.1, fused=True)
+    encoder(x, LENGTHS)[0].square().sum().backward()
+    optimizer.step()
+    prepared.forget()
+    after = run(prepared, x, True, prepared.refresh)
+    assert (after - run(encoder, x, True)).abs().max() <= 3e-2
+    assert (after - before).abs().max() > 0.1
+
+
+def losses_of_a_run(folder, prepares):
+    """Of training and validation, epoch by epoch; evaluation runs as by graphs, without them."""
+    options = {"number_of_epochs": 3, "dropout": 0, "lr_model": 0.01}
+    brain, train, valid, _ = runs.build("CTC/conmamba_tiny.yaml", folder, **options)
+    if prepares:
+        layers = nn.ModuleList([brain.modules.frontend, brain.modules.encoder])
+        brain.prepared = prepared = Prepared(brain.layers, layers)
+        brain.evaluation_graphs = lambda *x: (prepared.refresh(), prepared(*x))[1]
+    losses, end = [], brain.on_stage_end
+
+    def on_stage_end(stage, loss, epoch=None):
+        losses.append(loss)
+        end(stage, loss, epoch)
+
+    brain.on_stage_end = on_stage_end
+    runs.fit(brain, train, valid)
+    return losses
+
+
+def test_every_validation_sees_the_weights_as_they_are(tmp_path, monkeypatch):
+    """As without anything prepared, on a CPU by the fused optimizer that a GPU has."""
+    monkeypatch.setattr("modules.training.fused", lambda make, *_: partial(make, fused=True))
+    expected, got = (losses_of_a_run(tmp_path / str(p), p) for p in (False, True))
+    assert len(expected) == 6 and abs(expected[5] - expected[1]) > 0.01
+    assert got == pytest.approx(expected, rel=1e-4)
 
 
 def all_derived(prepared):

@@ -7,6 +7,8 @@ norms are float32. One frame's result depends on no other frame.
 TRITON_INTERPRET=1 (set before triton is imported) runs the kernel on a CPU, for tests.
 """
 
+import os
+
 import torch
 
 # Frames of a program, of which an H100's multiprocessor holds one. Each reads both weights whole,
@@ -21,7 +23,12 @@ SHARED = 232448  # bytes of shared memory that a program may have
 
 @torch.compiler.assume_constant_result  # which a graph asks once, when it is made
 def fits(channels, hidden, on_gpu):
-    """Whether there is a kernel for D channels and so many hidden ones."""
+    """Whether there is a kernel for D channels and so many hidden ones.
+
+    There is none where the environment has MAMBA_ASR_FEED_FORWARD_BACKEND=torch.
+    """
+    if os.environ.get("MAMBA_ASR_FEED_FORWARD_BACKEND") == "torch":
+        return False
     sizes = channels % 16 == 0 and 16 <= channels <= 256 and hidden % 64 == 0
     # Others have less shared memory, or multiply otherwise, and nobody measured it there.
     return sizes and (not on_gpu or torch.cuda.get_device_capability()[0] == 9)

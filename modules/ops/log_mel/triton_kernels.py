@@ -55,7 +55,8 @@ def mel_kernel(
     if lengths is not None:
         valid = stored & (t[:, None] < tl.load(lengths + b))
         if LIMITS:
-            own = tl.max(tl.max(tl.where(valid, x, float("-inf")), axis=1), axis=0)
+            own = tl.where(valid & (x == x), x, float("-inf"))  # NaN stays in its own frames
+            own = tl.max(tl.max(own, axis=1), axis=0)
             tl.atomic_max(loudest + b, own, sem="relaxed")
         x = tl.where(valid, x, 0.0)
     tl.store(out + (b * frames + t[:, None]) * MELS + m[None, :], x, mask=stored)

@@ -20,7 +20,7 @@ import torch
 from modules.ops.kernels import availability, dense_rows, interpreting, supports  # noqa: F401
 from modules.ops.operator import Operator
 from modules.ops.parameter_sums import parameter_sums
-from modules.ops.selective_scan.triton_extent import EXTENTS, extent_of
+from modules.ops.selective_scan.triton_extent import EXTENTS, USUAL, extent_of
 
 STATES = 16  # a program's at most: more do not fit its registers
 CHUNK = 4  # frames loaded ahead by the forward
@@ -29,7 +29,10 @@ ENOUGH = 1024  # programs that fill a large card
 LEAST = 512  # frames a piece, at least
 LANES = 32  # a warp's, which is a program
 # The log's words beside the choice of this backend.
-FIRST_CALL = "the first calls compile for up to a minute and a half, once a machine"
+FIRST_CALL = (
+    "the first calls compile for up to a minute and a half, once a machine; some numbers of "
+    "utterances have kernels of their own"
+)
 
 
 def selective_scan(
@@ -192,7 +195,7 @@ _operator = Operator(
 def _pieces(groups, batch, frames, channels):
     """-> into how many pieces time is cut, and the frames of each: whole segments"""
     # sym_min and sym_max, for a compiled graph's sizes are not known when it is made.
-    programs = torch.sym_max(groups * batch * EXTENTS[0].blocks(channels), 1)
+    programs = torch.sym_max(groups * batch * USUAL.blocks(channels), 1)
     pieces = torch.sym_max(torch.sym_min(ENOUGH // programs, frames // LEAST), 1)
     piece_frames = -(-frames // (pieces * SEGMENT)) * SEGMENT
     return -(-frames // piece_frames), piece_frames
@@ -269,7 +272,7 @@ def _launch(u, A, B, C, BC, dt_softplus, reverse_from):
     groups, batch, _frames, channels = u.shape
     extent = extent_of(groups * batch, channels, u.device)
     if _pieces(*u.shape)[0] > 1:
-        extent = EXTENTS[0]  # the one for which the kernels of pieces are made
+        extent = USUAL  # the one for which the kernels of pieces are made
     options = (reverse_from, dt_softplus, _packed(B, C), BC.stride(2), extent)
     return _Launch(u.shape, A.shape[2], *options)
 
