@@ -72,9 +72,7 @@ class ASRBrain(TrainingBrain):
         return x[:, :frames], lengths
 
     def layers(self, features, lengths, **options):
-        return self.modules.encoder(
-            *self.modules.frontend(features, lengths), clean=True, **options
-        )
+        return self.modules.encoder(*self.modules.frontend(features, lengths), **options)
 
     def network(self, features, lengths):
         """All layers between the features and the heads: tensors to a tuple of tensors.

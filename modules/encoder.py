@@ -130,7 +130,7 @@ class Encoder(nn.Module):
             raise ValueError("this encoder needs whole utterances; build it with causal or chunks")
         return [layer.initial_state(batch_size) for layer in self.layers]
 
-    def forward(self, x, lengths, state=None, chunk_size=None, ahead=0, taps=(), clean=False):
+    def forward(self, x, lengths, state=None, chunk_size=None, ahead=0, taps=()):
         """Encode.
 
         x (B, T, input_size), lengths (B,) in frames -> (B, T - ahead, D), lengths; with a state
@@ -140,11 +140,10 @@ class Encoder(nn.Module):
         ahead: frames at x's end that its last chunk looks at, and that come again.
         taps: numbers of layers, from 1, whose outputs are wanted too, normed as the last one's:
         -> (B, T, D), lengths, [(B, T, D), ...].
-        clean: x is zero past a length already, as a frontend's result is.
         """
         if state is None and chunk_size is None:
             chunk_size = self.chunk_size
-        if lengths is not None and not clean:
+        if lengths is not None:
             x = zero_padding(x, lengths)
         x = self.input_layer(x)
         new_state, tapped = [], []
