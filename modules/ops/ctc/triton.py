@@ -59,11 +59,8 @@ def scaled_softmax(logits, normalizers, factors, columns, values):
     """As `modules.ops.ctc.scaled_softmax`."""
     from modules.ops.ctc.triton_kernels import scaled_softmax_kernel
 
-    logits, out = (
-        logits.contiguous(),
-        torch.empty(logits.shape, dtype=logits.dtype, device=logits.device),
-    )
-    count = columns.shape[1]
+    logits, count = logits.contiguous(), columns.shape[1]
+    out = torch.empty_like(logits)
     grid = factors.numel(), -(-logits.shape[2] // COLUMNS)
     given = (normalizers, factors, columns, values)
     tensors = (logits, *(x.contiguous() for x in given), out)
