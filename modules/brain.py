@@ -16,6 +16,7 @@ from modules.graphs import pad_to_few_shapes
 from modules.lengths import absolute, relative, zero_padding
 from modules.losses import consistency_loss, too_few_frames
 from modules.training import TrainingBrain
+from modules.transfer import Transfer
 from modules.whole import whole
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class ASRBrain(TrainingBrain):
         self.hparams.normalize.to(self.device)
         self.tokenizer = hparams["tokenizer"]
         self.graphs = self.evaluation_graphs = self.prepared = None
+        self.on_device = Transfer(self.device)
         self.ema = WeightAverage(hparams["model"], getattr(self.hparams, "ema_decay", 0.0))
         self.checkpointer.add_recoverable("ema", self.ema)
 
@@ -206,14 +208,7 @@ class ASRBrain(TrainingBrain):
 
     def make_dataloader(self, *args, **options):
         """SpeechBrain's; for a GPU batches are pinned, in pages that it can read by itself."""
-        return super().make_dataloader(*args, **options, pin_memory=self.pins())
-
-    def on_device(self, batch):
-        """A batch on the device; the host does not wait for the copy of a pinned one."""
-        return batch.to(self.device, non_blocking=self.pins())
-
-    def pins(self):
-        return torch.device(self.device).type == "cuda"
+        return super().make_dataloader(*args, **options, pin_memory=self.on_device.pins)
 
     # ---- Files that cannot be read ----
 
