@@ -184,6 +184,8 @@ class ASRBrain(TrainingBrain):
 
     def gradients(self):
         """All gradients; of a step by graphs they lie in one tensor."""
+        if self.graphs is not None and self.sum is not None:
+            return [self.sum.flat]
         together = self.graphs is not None and self.graphs.attached()
         return [self.graphs.flat] if together else super().gradients()
 

@@ -61,7 +61,6 @@ def graphs_for(brain):
         graphs = TrainingGraphs(
             with_weights_cast(brain.network, within),
             brain.hparams.model.parameters(),
-            accumulate=brain.grad_accumulation_factor > 1,
         )
     layers = nn.ModuleList([modules.frontend, modules.encoder])
     prepared = Prepared(brain.layers, layers)

@@ -90,22 +90,20 @@ class Graphs:
 class TrainingGraphs(Graphs):
     """Runs a network that learns, forward and backward.
 
-    The gradients of its parameters appear in `grad` as if autograd had run. Between a call and its
-    backward pass there may be no other call. One process and one CUDA device.
+    The gradients of its parameters appear in `grad` as if autograd had run where there were none:
+    they are written, as they come from matrix products, which is less work than to add them.
+    Between a call and its backward pass there may be no other call. One process and one CUDA
+    device.
 
     Arguments, besides those of `Graphs`
     ---------
     parameters : iterable
         What is learnt, by the network or behind it.
-    accumulate : bool
-        Whether gradients are added to those that are there. False, where a step is one batch, is
-        less work: they are written, as they come from matrix products, and any before are lost.
     """
 
-    def __init__(self, network, parameters, limit=256, accumulate=True):
+    def __init__(self, network, parameters, limit=256):
         super().__init__(network, limit)
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.accumulate = accumulate
         self.flat, self.gradients, self.gaps, self.anchor = None, None, None, None
         self.discard = False  # of a batch whose loss is not finite nothing is learnt
 
@@ -122,25 +120,18 @@ class TrainingGraphs(Graphs):
         return _Graph(self, inputs)
 
     def replay(self, graph, inputs):
-        if self.accumulate:
-            self.attach()
-        elif self.attached():  # no step's end has taken them away
+        if self.attached():  # nobody has taken them away
             for parameter in self.parameters:
                 parameter.grad = None
         return _Replay.apply(self.anchor, self, graph, *inputs)
 
     def differentiate(self, outputs, doutputs):
         """The parameters' gradients, or None; those to be written in the precision they come in."""
-        sources = self.parameters
-        if not self.accumulate:
-            sources = sources_of_gradients(outputs, sources)
+        sources = sources_of_gradients(outputs, self.parameters)
         return torch.autograd.grad(outputs, sources, doutputs, allow_unused=True)
 
     def leave(self, given):
         """Leave gradients in `flat`, to be recorded."""
-        if self.accumulate:
-            add_all(self.gradients, given)
-            return
         write_all(self.gradients, given)
         if self.gaps:  # clipped with all the rest by a norm that is NaN, they became NaN
             torch._foreach_zero_(self.gaps)
@@ -150,14 +141,11 @@ class TrainingGraphs(Graphs):
         return self.flat is not None and self.parameters[0].grad is self.gradients[0]
 
     def attach(self):
-        """Let the parameters' gradients be those in `flat`, before graphs add or once they wrote.
+        """Let the parameters' gradients be those in `flat`, once a graph has written them.
 
-        A step's end takes them away. A batch without a graph may have brought others, and what is
-        behind the network brings its own.
+        What is behind the network brings its own.
         """
-        if self.attached():
-            return
-        if self.accumulate or self.discard:  # else it is written, in the latter case not now
+        if self.discard:  # nothing was written
             self.flat.zero_()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is not None:
@@ -234,8 +222,7 @@ class _Replay(torch.autograd.Function):
             given = [g for g, learns in zip(gradients, graph.learns, strict=True) if learns]
             torch._foreach_copy_(graph.doutputs, given)
             graph.backward.replay()
-        if not graphs.accumulate:
-            graphs.attach()
+        graphs.attach()
         return (None,) * (3 + len(graph.inputs))
 
 
@@ -247,16 +234,6 @@ def flat_gradients(parameters):
     parts = list(zip(flat.split(sizes), parameters, strict=True))
     gaps = [part[p.numel() :] for part, p in parts if p.numel() % 64]
     return flat, [part[: p.numel()].view(p.shape) for part, p in parts], gaps
-
-
-def add_all(totals, shares):
-    """Add to each total its share, if it has one, in few launches."""
-    pairs = [(t, s) for t, s in zip(totals, shares, strict=True) if s is not None]
-    alike = [t.stride() == s.stride() for t, s in pairs]  # else all would be added one by one
-    for kind in (True, False):
-        chosen = [pair for pair, same in zip(pairs, alike, strict=True) if same == kind]
-        if chosen:
-            torch._foreach_add_([t for t, _ in chosen], [s for _, s in chosen])
 
 
 def write_all(targets, shares):

@@ -30,6 +30,7 @@ class HalvingBrain(HindsightBrain):
         with self.no_sync(not should_step):
             loss = self.learn(batch)
         vars(batch).pop("features", None)  # for halves; a batch that comes again has its own
+        self.gather(loss, should_step)
         if should_step:
             self.optimizers_step()
         if self.unsettled is None:
@@ -68,7 +69,7 @@ class HalvingBrain(HindsightBrain):
         with self.training_ctx:
             outputs = self.compute_forward(batch, sb.Stage.TRAIN)
             loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
-        self.settle()  # the last step, now that the device has work
+        self.settle()  # the last batch, now that the device has work
         scaled = self.scaler.scale(loss * (share / self.grad_accumulation_factor))
         self.check_loss_isfinite(scaled)
         scaled.backward()

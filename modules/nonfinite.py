@@ -102,9 +102,8 @@ class FiniteBrain(sb.Brain):
         if not self.scaler.is_enabled():  # else overflow is its business
             norm = get_total_norm(gradients)
             wrong = not norm.isfinite()
-        dropped = sum(not finite for finite, _ in self.batches)
-        kept = len(self.batches) - dropped
-        dropped, kept, wrong, *granted = self.sum_of_ranks(dropped, kept, wrong, *self.requests())
+        told = *self.dropped_and_kept(), wrong, *self.requests()
+        dropped, kept, wrong, *granted = self.sum_of_ranks(*told)
         self.granted = tuple(map(bool, granted))
         good = self.judge(dropped, kept, wrong)
         if good:
@@ -112,6 +111,11 @@ class FiniteBrain(sb.Brain):
         self.zero_grad(set_to_none=True)
         if good:
             self.count_step()
+
+    def dropped_and_kept(self):
+        """How many of this step's batches have a loss that is not finite, and how many others."""
+        dropped = sum(not finite for finite, _ in self.batches)
+        return dropped, len(self.batches) - dropped
 
     def judge(self, dropped, kept, wrong):
         """Say which of `batches` had what was not finite: whether there is a step to take.

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from modules import graphs
+from modules.accumulation import GradientSum
 from modules.casting import sources_of_gradients, with_weights_cast
 from modules.optimizers import clip
 from tests.test_exact_resume import assert_identical
@@ -59,7 +60,7 @@ def parts(monkeypatch):
     network, head = Network(), nn.Linear(9, 3)
     cast = with_weights_cast(network, nn.ModuleList([network]))
     both = nn.ModuleList([network, head])
-    run = graphs.TrainingGraphs(cast, both.parameters(), accumulate=False)
+    run = graphs.TrainingGraphs(cast, both.parameters())
     return both, cast, run
 
 
@@ -124,6 +125,31 @@ def test_nothing_is_left_of_a_wrong_batch(parts, discards):
     clip([run.flat], run.flat.norm(), 1.0)
     wanted = expected(both, cast, 4)
     assert_written(run, learn(both, run, 4), wanted)
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 3])
+def test_batches_add_up_to_what_autograd_adds(parts, wrong):
+    """With a graph or without one; of a batch whose loss is not finite nothing is added."""
+    both, cast, run = parts
+    total = GradientSum(both.parameters())
+    for step in ((0, 1, 2), (3, 4, 5)):
+        both.zero_grad(set_to_none=True)
+        for i in step:
+            if i != wrong:
+                gradients = learn(both, cast, i)
+        wanted = {name: torch.zeros(()) if g is None else g for name, g in gradients.items()}
+        both.zero_grad(set_to_none=True)
+        total.forget()
+        for i in step:
+            learn(both, run, i, math.nan if i == wrong else 1.0)
+            total.add(torch.tensor(i != wrong), run.flat if run.attached() else None)
+            assert all(p.grad is None for p in both.parameters())
+        total.give()
+        for name, parameter in both.named_parameters():
+            torch.testing.assert_close(
+                parameter.grad, wanted[name].expand_as(parameter), rtol=1e-5, atol=1e-5
+            )
+    assert len(run.graphs) == 1
 
 
 def test_no_step_between(parts):

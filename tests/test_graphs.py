@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from modules import graphs
+from modules.accumulation import GradientSum
 from modules.casting import with_weights_cast
 from modules.compilation import compile_layers
 from modules.encoder import Encoder
@@ -45,14 +46,16 @@ def batch(shape, i):
     return x, lengths.cuda(), weight
 
 
-def learn(encoder, run, number, **autocast):
-    """One batch's loss; its gradients are added."""
+def learn(encoder, run, number, total=None, **autocast):
+    """One batch's loss; its gradients are added, by autograd or to a `GradientSum`."""
     x, lengths, weight = batch(SHAPES[number], number)
     with torch.autocast("cuda", torch.bfloat16, **autocast):
         y, lengths_after = run(x, lengths)
     assert torch.equal(lengths_after, lengths)
     loss = (y.float() * weight).sum()
     loss.backward()
+    if total is not None:
+        total.add(loss.isfinite(), run.flat if run.attached() else None)
     return loss.item()
 
 
@@ -65,11 +68,14 @@ def assert_same_gradients(ours, theirs, tolerance):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_graphs_learn_what_autograd_learns(bf16):
     ours, theirs = make_encoder(), make_encoder()
-    run = graphs.TrainingGraphs(ours, ours.parameters())
+    run, total = graphs.TrainingGraphs(ours, ours.parameters()), GradientSum(ours.parameters())
     for step in range(0, len(SHAPES), 2):  # two batches a step
         for i in (step, step + 1):
-            a, b = (learn(m, r, i, enabled=bf16) for m, r in ((ours, run), (theirs, theirs)))
+            a = learn(ours, run, i, total, enabled=bf16)
+            b = learn(theirs, theirs, i, enabled=bf16)
             assert a == pytest.approx(b, rel=1e-2 if bf16 else 1e-4, abs=1e-2)
+        total.give()
+        total.forget()
         assert_same_gradients(ours, theirs, 2e-2 if bf16 else 1e-4)
         for module in (ours, theirs):
             module.zero_grad(set_to_none=True)
@@ -78,40 +84,42 @@ def test_graphs_learn_what_autograd_learns(bf16):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_step_of_one_batch_learns_what_added_gradients_would(bf16, compiled):
+def test_what_is_written_is_what_would_be_added(bf16, compiled):
     """With a weight behind the network, and after gradients that are NaN."""
-    gradients = []
-    for accumulate in (True, False):
-        encoder, head = make_encoder(), nn.Parameter(torch.ones(32, device="cuda"))
-        if compiled:
-            compile_layers(encoder)
-        both = nn.ModuleList([encoder, nn.ParameterList([head])])
-        network = with_weights_cast(encoder, nn.ModuleList([encoder]))
-        run = graphs.TrainingGraphs(network, both.parameters(), accumulate=accumulate)
+    encoder, head = make_encoder(), nn.Parameter(torch.ones(32, device="cuda"))
+    if compiled:
+        compile_layers(encoder)
+    both = nn.ModuleList([encoder, nn.ParameterList([head])])
+    network = with_weights_cast(encoder, nn.ModuleList([encoder]))
+    run, added = graphs.TrainingGraphs(network, both.parameters()), GradientSum(both.parameters())
+    count = 0
+    for i in range(len(SHAPES)):
+        for way in (network, run):
 
-        def to_the_head(*inputs, run=run, head=head):
-            y, lengths = run(*inputs)
-            return y * head, lengths
+            def to_the_head(*inputs, way=way):
+                y, lengths = way(*inputs)
+                return y * head, lengths
 
-        for i in range(len(SHAPES)):
             learn(both, to_the_head, i, enabled=bf16)
-            if run.attached():
-                gradients.append(run.flat.clone())
-                run.flat.mul_(torch.nan)
-            both.zero_grad(set_to_none=True)
-        assert len(run.graphs) == 2
-    count = len(gradients) // 2
+            if way is network:
+                added.forget()
+                added.add(torch.tensor(True, device="cuda"))
+        if run.attached():
+            count += 1
+            assert added.flat.any()
+            # Alike but for kernels that add in no fixed order.
+            rtol, atol = (1e-2, 1e-3) if bf16 else (1e-4, 1e-5)
+            atol *= added.flat.abs().max().item()
+            torch.testing.assert_close(run.flat, added.flat, rtol=rtol, atol=atol)
+            run.flat.mul_(torch.nan)
+        both.zero_grad(set_to_none=True)
+    assert len(run.graphs) == 2
     assert count == 5
-    for added, written in zip(gradients[:count], gradients[count:], strict=True):
-        assert added.any()
-        # Alike but for kernels that add in no fixed order.
-        rtol, atol = (1e-2, 1e-3) if bf16 else (1e-4, 1e-5)
-        torch.testing.assert_close(written, added, rtol=rtol, atol=atol * added.abs().max().item())
 
 
 def test_a_discarded_batch_that_is_a_step_has_gradients_of_zero():
     encoder = make_encoder()
-    run = graphs.TrainingGraphs(encoder, encoder.parameters(), accumulate=False)
+    run = graphs.TrainingGraphs(encoder, encoder.parameters())
     for i in (0, 2, 4):
         learn(encoder, run, i, enabled=False)
         encoder.zero_grad(set_to_none=True)
@@ -217,26 +225,31 @@ def test_with_dropout_the_mean_gradient_is_autograd_s(compiled):
         assert error < 3 * luck + 1e-4 * mean.square().sum(), name
 
 
-def test_a_discarded_batch_leaves_the_gradients():
+def test_a_wrong_batch_leaves_the_sum():
     encoder = make_encoder()
     run = graphs.TrainingGraphs(encoder, encoder.parameters())
+    total = GradientSum(encoder.parameters())
     for i in (0, 2, 4):
-        learn(encoder, run, i, enabled=False)
-    before = [p.grad.clone() for p in encoder.parameters()]
+        learn(encoder, run, i, total, enabled=False)
+    assert len(run.graphs) == 1
+    before = total.flat.clone()
     x, lengths, _ = batch(SHAPES[5], 5)
     y, _ = run(x * torch.nan, lengths)
-    run.discard = True
-    y.sum().backward()
-    for p, grad in zip(encoder.parameters(), before, strict=True):
-        assert torch.equal(p.grad, grad)
+    loss = y.sum()
+    loss.backward()
+    assert run.flat.isnan().any()
+    total.add(loss.isfinite(), run.flat)
+    assert torch.equal(total.flat, before)
 
 
 def test_graphs_beyond_the_limit_run_without():
     ours, theirs = make_encoder(), make_encoder()
     run = graphs.TrainingGraphs(ours, ours.parameters(), limit=1)
+    total = GradientSum(ours.parameters())
     for i in range(len(SHAPES)):
-        for module, r in ((ours, run), (theirs, theirs)):
-            learn(module, r, i, enabled=False)
+        learn(ours, run, i, total, enabled=False)
+        learn(theirs, theirs, i, enabled=False)
+    total.give()
     assert len(run.graphs) == 1
     assert_same_gradients(ours, theirs, 1e-4)
 
@@ -280,8 +293,9 @@ def test_to_record_compiles_nothing_again():
 def test_compiled_layers_learn_the_same():
     ours, theirs = make_encoder(), make_encoder()
     compile_layers(ours)
-    run = graphs.TrainingGraphs(ours, ours.parameters())
+    run, total = graphs.TrainingGraphs(ours, ours.parameters()), GradientSum(ours.parameters())
     for i in range(4):
-        for module, r in ((ours, run), (theirs, theirs)):
-            learn(module, r, i, enabled=False)
+        learn(ours, run, i, total, enabled=False)
+        learn(theirs, theirs, i, enabled=False)
+    total.give()
     assert_same_gradients(ours, theirs, 1e-4)

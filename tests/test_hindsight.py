@@ -84,9 +84,7 @@ def warnings(caplog):
 # ---- Where it can ----
 
 
-def test_it_takes_graphs_one_batch_a_step_one_process_and_an_optimizer_that_skips(
-    tmp_path, monkeypatch
-):
+def test_it_takes_graphs_one_process_and_an_optimizer_that_skips(tmp_path, monkeypatch):
     brain, *_ = runs.build(CTC, tmp_path)
     brain.init_optimizers()
     brain.graphs = object()
@@ -96,7 +94,6 @@ def test_it_takes_graphs_one_batch_a_step_one_process_and_an_optimizer_that_skip
     assert brain.looks_back()
     for name, value in (
         ("graphs", None),
-        ("grad_accumulation_factor", 2),
         ("distributed_launch", True),
         ("scaler", torch.amp.GradScaler("cpu")),
     ):
@@ -125,6 +122,28 @@ def test_all_is_as_if_the_host_had_known(fault, interval, looking, tmp_path, mon
     assert len(found[0][1]) == 3 + 6 * (interval > 0)
     assert found[0][0]["steps"] == 8
     assert len(found[0][2]) == 7
+    assert_identical(found[1][1:], found[0][1:])
+    assert same(found[1][0], found[0][0])
+    assert_same_end(tmp_path / "True", tmp_path / "False")
+
+
+@pytest.mark.parametrize("fault", [loss_is_nan, gradients_are_nan, audio_is_nan])
+def test_all_is_as_if_the_host_had_known_where_a_step_is_some_batches(
+    fault, looking, tmp_path, monkeypatch, caplog
+):
+    """Of a step's two batches the first, the last or both."""
+    found = []
+    for back in (False, True):
+        looking(back)
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+            seen = spoil(patch, fault, {1, 5, 6, 11, 12, 15})
+            brain, told = trained(
+                tmp_path / str(back), grad_accumulation_factor=2, ckpt_interval_steps=2
+            )
+        assert brain.sum is None or back
+        found.append((state(brain), told, warnings(caplog), brain.skipped_batches, len(seen)))
+        caplog.clear()
+    assert found[0][2]
     assert_identical(found[1][1:], found[0][1:])
     assert same(found[1][0], found[0][0])
     assert_same_end(tmp_path / "True", tmp_path / "False")
@@ -217,8 +236,11 @@ def test_killed_after_a_checkpoint_within_an_epoch(straight, tmp_path, monkeypat
 READS = ("__bool__", "__float__", "__int__", "__index__", "item", "tolist", "cpu", "numpy")
 
 
-def test_the_host_looks_when_the_next_forward_pass_is_launched(looking, tmp_path, monkeypatch):
-    """And at nothing else within a step."""
+@pytest.mark.parametrize("batches", [1, 2])
+def test_the_host_looks_when_the_next_forward_pass_is_launched(
+    batches, looking, tmp_path, monkeypatch
+):
+    """And at nothing else within a step, of one batch or more."""
     events, heard = [], [False]
 
     def during(owner, name, hear, event=None):
@@ -244,14 +266,17 @@ def test_the_host_looks_when_the_next_forward_pass_is_launched(looking, tmp_path
     during(WeightAverage, "update", False, "average")  # its count of steps is the host's
     for name in READS:
         during(torch.Tensor, name, False, name)
-    trained(tmp_path, number_of_epochs=2)
+    trained(tmp_path, number_of_epochs=2, grad_accumulation_factor=batches)
     # A validation's mean loss ends an epoch. The last step of one is settled before it.
     first, second, rest = (part.split() for part in " ".join(events).split("__float__"))
     assert not rest
-    assert second == ["forward", "backward", *["forward", "look", "average", "backward"] * 4]
+    count = second.count("forward")
+    looks = [["look", *["average"] * (i % batches == 0)] if i else [] for i in range(count)]
+    assert count >= 5
+    assert second == [e for look in looks for e in ("forward", *look, "backward")]
     # While statistics grow, SpeechBrain's count of frames is read.
     growing = [event for event in first if event not in READS]
-    assert growing == ["forward", "backward", *["look", "average", "forward", "backward"] * 4]
+    assert growing == [e for look in looks for e in (*look, "forward", "backward")]
 
 
 @pytest.mark.gpu
@@ -270,11 +295,13 @@ def test_numbers_come_while_the_device_is_at_later_work():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_asks_the_device_for_nothing(tmp_path):
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_step_asks_the_device_for_nothing(batches, tmp_path):
     """What is told of the step before is waited for by an event."""
     options = ["inter_ctc_layers=[1]", "noise_probability=1.0", "reverberation_probability=1.0"]
     brain = build("conmamba", "tiny", tmp_path, "cuda", "bf16", "reduce-overhead", options)
     brain.hparams.epoch_counter.current = 99  # the features' statistics stay as they are
+    brain.grad_accumulation_factor = batches
     try:
         for step in range(6):  # the second records a graph
             batch = make_batch(brain, 4, 3.0)
@@ -284,5 +311,5 @@ def test_a_step_asks_the_device_for_nothing(tmp_path):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     brain.settle()
-    assert brain.optimizer_step == 6
+    assert brain.optimizer_step == 6 // batches
     assert len(brain.graphs.graphs) == 1
