@@ -3,6 +3,8 @@
 Conformer: Gulati et al. 2020, arXiv 2005.08100. ConMamba: Jiang et al. 2024, arXiv 2407.09732.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -28,11 +30,20 @@ class FeedForward(nn.Sequential):
         )
 
 
+class Depthwise(NamedTuple):
+    """What a depthwise convolution multiplies by, as its kernel reads it."""
+
+    weight: torch.Tensor  # (D, K), of which neighbouring channels lie beside each other
+    bias: torch.Tensor  # (D,)
+
+
 class ConvModule(nn.Module):
     """The Conformer's convolution module (section 2.2, with LayerNorm for BatchNorm).
 
     Causal, it sees only the past and carries its last `kernel_size` - 1 inputs as state.
     """
+
+    derived = None  # `derive` of before, see modules.prepared
 
     def __init__(self, d_model, kernel_size, activation, dropout, causal):
         super().__init__()
@@ -58,10 +69,18 @@ class ConvModule(nn.Module):
         if self.causal:
             x, state = self._causal(x, lengths, state)
         else:
-            weight = self.depthwise.weight.squeeze(1)
-            x = depthwise_conv1d(x, weight, self.depthwise.bias, lengths)
+            plain = self.depthwise.weight.squeeze(1), self.depthwise.bias
+            x = depthwise_conv1d(x, *(self.derived or plain), lengths)
         x = self.activation(self.out_norm(x))
         return self.dropout(self.pointwise_out(x)), state
+
+    def derive(self):
+        """-> Depthwise"""
+        weight, bias = self.depthwise.weight.squeeze(1), self.depthwise.bias
+        device = weight.device.type
+        if torch.is_autocast_enabled(device):
+            weight, bias = (x.to(torch.get_autocast_dtype(device)) for x in (weight, bias))
+        return Depthwise(weight.t().contiguous().t(), bias)
 
     def _causal(self, x, lengths, state):
         keep = state is not None

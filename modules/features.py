@@ -47,7 +47,7 @@ class Features(nn.Module):
         # `forward` pads: a piece of an utterance has samples, not zeros, beside it.
         self.fbank.compute_STFT.center = False
         self.n_fft = n_fft
-        self.constants = None  # the window and the filters, where the waveforms were last
+        self.constants = None  # `constants_on` the device where the waveforms were last
 
     def forward(self, wavs, lengths):
         """wavs (B, N), zero past lengths (B,) in samples -> (B, T, n_mels), lengths in frames.
@@ -73,11 +73,11 @@ class Features(nn.Module):
 
     def by_kernels(self, wavs, reach=0, lengths=None, top_db=None):
         """As `mels` of padded waveforms, then limited; each spectrum is written and read once."""
-        window, banks = self.constants_on(wavs.device)
+        window, _, bands = self.constants_on(wavs.device)
         amin = self.fbank.compute_fbanks.amin
         with torch.autocast(wavs.device.type, enabled=False):
             return log_mel.log_mel(
-                *(wavs.float(), window, banks, self.hop),
+                *(wavs.float(), window, bands, self.hop),
                 amin=amin,
                 reach=reach,
                 lengths=lengths,
@@ -90,17 +90,19 @@ class Features(nn.Module):
         And the host waits for nothing. For `Fbank` it does: to copy the constants to the device in
         each call, and for the transforms of a size that is new.
         """
-        window, banks = self.constants_on(wavs.device)
+        window, banks, _ = self.constants_on(wavs.device)
         with torch.autocast(wavs.device.type, enabled=False):
             spectra = short_time(wavs.float(), window, self.hop)
             power = torch.addcmul(spectra.real.square(), spectra.imag, spectra.imag)
             return 10 * torch.log10(torch.clamp(power @ banks, min=self.fbank.compute_fbanks.amin))
 
     def constants_on(self, device):
-        """-> window, banks"""
+        """-> window, banks, banks as `log_mel.Bands`"""
         constants = self.constants  # another thread may replace them
         if constants is None or constants[0].device != device:
-            constants = self.constants = tuple(x.to(device) for x in (self.window(), self.banks()))
+            window, banks = self.window(), self.banks()
+            bands = log_mel.Bands(*(x.to(device) for x in log_mel.bands_of(banks)))
+            constants = self.constants = window.to(device), banks.to(device), bands
         return constants
 
     def window(self):

@@ -67,6 +67,17 @@ def test_equals_the_reference(options, lengths, top_db):
     torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("n_mels", [1, 40, 80, 300])
+def test_bands_are_the_filters_without_their_zeros(n_mels):
+    """300 are too many for some to have a bin."""
+    banks = Features(n_mels=n_mels).banks()
+    bands = log_mel.bands_of(banks)
+    whole = torch.zeros(len(banks) + len(bands.weights), n_mels)
+    index = bands.firsts.long() + torch.arange(len(bands.weights)).unsqueeze(1)
+    assert torch.equal(whole.scatter(0, index, bands.weights)[: len(banks)], banks)
+    assert len(bands.weights) == (banks != 0).sum(dim=0).max()
+
+
 @runs_kernels
 def test_an_utterances_features_are_its_own():
     features, (wavs, lengths) = Features(), noise((3000, 2000, 500))

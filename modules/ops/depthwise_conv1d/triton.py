@@ -89,7 +89,10 @@ _operator = Operator(
 
 def _taps(x, weight):
     """weight (D, K) in x's dtype, turned to (K, D) so that neighbouring threads read neighbours."""
-    return torch.empty(weight.shape[::-1], dtype=x.dtype, device=x.device).copy_(weight.t())
+    taps = weight.t()
+    if taps.dtype == x.dtype and taps.is_contiguous():  # as it lies already
+        return taps
+    return torch.empty(taps.shape, dtype=x.dtype, device=x.device).copy_(taps)
 
 
 def _tiles(frames, width, longest, chunk):

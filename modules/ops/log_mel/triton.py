@@ -6,13 +6,13 @@ from modules.fourier import transform_length
 from modules.ops.log_mel.triton_kernels import frames_kernel, limit_kernel, mel_kernel
 
 FRAMES = 8  # of a program that cuts them
-ROWS = 64  # frames of a program that filters them, as many as a warpgroup's product has
+ROWS = 16  # of a program that filters them
 NUMBERS = 4096  # of a program that limits them
 
 
-def log_mel(wavs, window, banks, hop, amin, reach, lengths, top_db):
+def log_mel(wavs, window, bands, hop, amin, reach, lengths, top_db):
     """As `modules.ops.log_mel.log_mel`."""
-    (batch, samples), points, (bins, n_mels) = wavs.shape, len(window), banks.shape
+    (batch, samples), points, (taps, n_mels) = wavs.shape, len(window), bands.weights.shape
     frames = (samples + 2 * reach - points) // hop + 1
     # More rows than are written or read: cuFFT has a plan for every number of them.
     cut = wavs.new_empty(transform_length(batch * frames), points, dtype=torch.float32)
@@ -34,9 +34,10 @@ def log_mel(wavs, window, banks, hop, amin, reach, lengths, top_db):
         )
         spectra = torch.view_as_real(torch.fft.rfft(cut))
         mel_kernel[-(-frames // ROWS), batch](
-            *(spectra, banks, lengths, out, loudest, frames, amin),
-            BINS=bins,
+            *(spectra, *bands, lengths, out, loudest, frames, amin),
+            BINS=points // 2 + 1,
             MELS=n_mels,
+            TAPS=taps,
             WIDTH=max(16, 1 << (n_mels - 1).bit_length()),
             ROWS=ROWS,
             LIMITS=limits,
