@@ -6,6 +6,7 @@ from torch import nn
 from modules.casting import with_weights_cast
 from modules.dropout import draw_together
 from modules.graphs import Graphs, TrainingGraphs
+from modules.handing_out import add_up
 from modules.prepared import Prepared
 
 # Inductor's.
@@ -47,6 +48,23 @@ def compile_layers(network, backend="inductor"):
         options = OPTIONS | getattr(mixer, "compile_options", {})
         options = options if backend == "inductor" else None
         layer.compile(dynamic=True, backend=backend, options=options)
+    if hasattr(network, "add_up"):  # a decoder's
+        network.add_up = compile_sum(backend, OPTIONS if backend == "inductor" else None)
+
+
+def compile_sum(backend, options):
+    """`add_up` in one kernel, for any number of frames."""
+    compiled = torch.compile(add_up, dynamic=True, backend=backend, options=options)
+
+    def add(tensors):
+        """Tensors (B, T, D) -> their sum (B, T, D)."""
+        # D is a constant of the code, as in a layer: were it any number, elements would be read
+        # one at a time and not eight.
+        for x in tensors:
+            torch._dynamo.mark_static(x, 2)
+        return compiled(tensors)
+
+    return add
 
 
 def graphs_for(brain):

@@ -11,6 +11,7 @@ from torch import nn
 from modules.attention import CachedAttention, fused_width, sine_encoding
 from modules.dropout import Dropout
 from modules.encoder_layer import FeedForward
+from modules.handing_out import add_up, hand_out
 from modules.initialization import initialize
 from modules.lengths import valid_frames, zero_padding
 from modules.mamba import Mamba
@@ -124,12 +125,14 @@ class Decoder(nn.Module):
     vocab_size, d_model, d_ffn, num_layers : int
     layer : callable
         Makes a layer from `d_model` and `d_ffn`: `TransformerDecoderLayer` or `MambaDecoderLayer`
-        with their other arguments bound.
+        with their other arguments bound. It uses the memory in matrix products alone.
     initialization : str
         "mamba" or "published", see `modules.initialization`.
     padding_index : int
         The token whose embedding is zero.
     """
+
+    add_up = staticmethod(add_up)  # the layers' gradients of the memory; may be compiled
 
     def __init__(
         self, vocab_size, d_model, d_ffn, num_layers, layer, initialization="mamba", padding_index=0
@@ -169,8 +172,9 @@ class Decoder(nn.Module):
         Tokens past a length are zero.
         """
         memory = zero_padding(memory, memory_lengths)
+        memories = hand_out(memory, len(self.layers), self.add_up)
         x = self.embed(tokens)
-        for layer in self.layers:
+        for layer, memory in zip(self.layers, memories, strict=True):
             x = layer(x, lengths, memory, memory_lengths)
         return zero_padding(self.norm(x), lengths), lengths
 
