@@ -13,6 +13,7 @@ from modules.compilation import compile_layers, graphs_for
 from modules.ema import WeightAverage
 from modules.errors import UserError
 from modules.graphs import pad_to_few_shapes
+from modules.heads import learn_biases_by_products
 from modules.lengths import absolute, relative, zero_padding
 from modules.losses import consistency_loss, too_few_frames
 from modules.training import TrainingBrain
@@ -174,6 +175,7 @@ class ASRBrain(TrainingBrain):
         compile_layers(self.modules.encoder)
         if "decoder" in self.modules:
             compile_layers(self.modules.decoder)
+        learn_biases_by_products(self.modules)
         if self.compile_mode == "reduce-overhead":
             self.graphs, self.evaluation_graphs, self.prepared = graphs_for(self)
 
