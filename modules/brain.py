@@ -12,7 +12,7 @@ from speechbrain.utils.metric_stats import ErrorRateStats
 from modules.compilation import compile_layers, graphs_for
 from modules.ema import WeightAverage
 from modules.errors import UserError
-from modules.graphs import pad_to_few_shapes
+from modules.heads import learn_biases_by_products
 from modules.lengths import absolute, relative, zero_padding
 from modules.losses import consistency_loss, too_few_frames
 from modules.training import TrainingBrain
@@ -70,7 +70,7 @@ class ASRBrain(TrainingBrain):
         if self.evaluation_graphs is None or torch.is_grad_enabled():
             return self.layers(features, lengths)
         frames = -(-features.shape[1] // self.modules.frontend.subsampling)
-        x, lengths = self.evaluation_graphs(pad_to_few_shapes(features), lengths)
+        x, lengths = self.evaluation_graphs(features, lengths)
         return x[:, :frames], lengths
 
     def layers(self, features, lengths, **options):
@@ -90,7 +90,7 @@ class ASRBrain(TrainingBrain):
         """`network`, in training by CUDA graphs when there are any; may give more padding."""
         if stage != sb.Stage.TRAIN or self.graphs is None:
             return self.network(*inputs)
-        return self.graphs(*(pad_to_few_shapes(x) for x in inputs))
+        return self.graphs(*inputs)
 
     def tokens(self, batch, name, stage):
         """Token ids (B, U) and their lengths (B,) of a batch's key, in training for each view."""
@@ -174,6 +174,7 @@ class ASRBrain(TrainingBrain):
         compile_layers(self.modules.encoder)
         if "decoder" in self.modules:
             compile_layers(self.modules.decoder)
+        learn_biases_by_products(self.modules)
         if self.compile_mode == "reduce-overhead":
             self.graphs, self.evaluation_graphs, self.prepared = graphs_for(self)
 

@@ -9,17 +9,17 @@ import logging
 import time
 
 import torch
-from torch.nn import functional as F  # noqa: N812
 
 from modules.casting import sources_of_gradients
+from modules.few_shapes import few, padded, write_padded
 
 logger = logging.getLogger(__name__)
-
-FRAMES, TOKENS = 64, 32  # batches' lengths are padded to multiples of these
 
 
 class Graphs:
     """Runs a network on batches without gradients, from their second one of a shape on by a graph.
+
+    Batches are padded to few shapes, and so are the outputs.
 
     Arguments
     ---------
@@ -44,13 +44,14 @@ class Graphs:
         """The network's outputs."""
         if self.before is not None:
             self.before()
-        shape = tuple(x.shape for x in inputs)
+        shape = tuple(few(x.shape) for x in inputs)
         if shape not in self.graphs:
+            whole = [padded(x) for x in inputs]
             if shape not in self.seen or not self._room(inputs[0].device):
                 self.seen.add(shape)
-                return self.network(*inputs)
+                return self.network(*whole)
             started = time.perf_counter()
-            self.graphs[shape] = self.record(inputs)
+            self.graphs[shape] = self.record(whole)
             self.seconds += time.perf_counter() - started
         return self.replay(self.graphs[shape], inputs)
 
@@ -58,7 +59,7 @@ class Graphs:
         return _ForwardGraph(self, inputs)
 
     def replay(self, graph, inputs):
-        torch._foreach_copy_(graph.inputs, list(inputs))
+        write_padded(graph.inputs, inputs)
         graph.forward.replay()
         return tuple(y.clone() for y in graph.outputs)  # the next batch overwrites them
 
@@ -206,7 +207,7 @@ def recording(graphs):
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, graphs, graph, *inputs):
-        torch._foreach_copy_(graph.inputs, list(inputs))
+        write_padded(graph.inputs, inputs)
         graph.forward.replay()
         ctx.graphs, ctx.graph = graphs, graph
         outputs = tuple(y.view_as(y) for y in graph.outputs)
@@ -270,11 +271,3 @@ def _without_cast_cache(network):
             return network(*inputs)
 
     return run
-
-
-def pad_to_few_shapes(x):
-    """Zeros at the end of features' frames (B, T, F) and tokens (B, U): few shapes, few graphs."""
-    if x.dim() == 1:  # lengths
-        return x
-    missing = -x.shape[1] % (FRAMES if x.dim() == 3 else TOKENS)
-    return F.pad(x, [0, 0] * (x.dim() - 2) + [0, missing]) if missing else x

@@ -17,7 +17,7 @@ import pytest
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfigRandomSampler
 
-from modules import encoder_layer
+from modules import encoder_layer, heads
 from modules.brain import ASRBrain
 from modules.compilation import compile_layers
 from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
@@ -246,12 +246,14 @@ def test_encoder_and_decoder_are_compiled(checkpointing, monkeypatch):
     monkeypatch.setattr("torch._dynamo.config.specialize_float", False)  # put back afterwards
     encoder = make_encoder(BiMamba, gradient_checkpointing=checkpointing)
     decoder = Decoder(11, 8, 8, 2, DECODER_LAYERS["transformer"])
-    modules = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    head = torch.nn.Linear(8, 11)
+    modules = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder, "ctc_head": head})
     options = {"compile": True, "compile_module_keys": None, "compile_mode": "default"}
     ASRBrain._compile(SimpleNamespace(modules=modules, **options))
     for network in (encoder, decoder):
         assert all(x._compiled_call_impl is not None for x in network.layers)
     assert all(x.recomputes == checkpointing for x in encoder.layers)
+    assert head.forward.func is heads.linear
 
 
 @pytest.mark.gpu

@@ -8,7 +8,8 @@ from speechbrain.lobes.models.convolution import ConvolutionFrontEnd
 from speechbrain.nnet.CNN import DepthwiseSeparableConv2d
 from torch.nn import functional as F  # noqa: N812
 
-from modules.frontend import ChannelsLastConv2d, ConvFrontend, reflect_frames
+from modules.convolutions import ChannelsLastConv2d
+from modules.frontend import ConvFrontend, reflect_frames
 
 EIGHT = {"channels": (6, 4, 5), "separable": True}
 

@@ -24,12 +24,13 @@ from tests.ops.interpreted import (
 )
 
 OPTIONS = {"eps": 1e-5, "slope": 0.01}
+EIGHT = {"channels": (16, 12, 8), "separable": True}
 
 
 @installed
 @outside
 def test_in_the_interpreter():
-    assert run_in_the_interpreter(__file__) >= 26
+    assert run_in_the_interpreter(__file__) >= 33
 
 
 def tensors(B, T, bins, channels, dtype=torch.float32):
@@ -50,9 +51,9 @@ def reference(x, weight, bias, lengths, reach, keep=1.0):
     return zero_padding(y, lengths + 2 * reach)
 
 
-def with_gradients(function, x, weight, bias, *rest, seed=0):
-    inputs = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
-    y = function(*inputs, *rest)
+def with_gradients(function, *inputs, seed=0):
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    y = function(*inputs)
     generator = torch.Generator().manual_seed(seed)
     dy = torch.randn(y.shape, generator=generator).to(y)
     return y.detach(), *torch.autograd.grad(y, inputs, dy)
@@ -75,9 +76,50 @@ def test_equals_the_parts(size, dtype, tolerance, reach):
         lambda *t: norm_act_pad(*t, lengths, reach=reach, **OPTIONS), x, weight, bias
     )
     wide = [t.double() for t in (x, weight, bias)]
-    expected = with_gradients(reference, *wide, lengths, reach)
+    expected = with_gradients(lambda *t: reference(*t, lengths, reach), *wide)
     assert got[0].dtype == dtype
     assert_near([t.double() for t in got], expected, tolerance)
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("size", "dtype", "tolerance"),
+    [
+        ((3, 11, 5, 3), torch.float32, 1e-5),  # in one part
+        ((3, 9, 5, 16), torch.float32, 1e-5),  # in five
+        ((2, 7, 6, 24), torch.float32, 1e-5),  # too many channels for three
+        ((3, 9, 5, 32), torch.bfloat16, 1e-2),
+    ],
+)
+def test_an_offset_is_added_before(size, dtype, tolerance):
+    x, weight, bias, lengths = tensors(*size, dtype)
+    offset = torch.linspace(-2, 2, size[-1], device=DEVICE).to(dtype)
+    got = with_gradients(
+        lambda x, offset, *t: norm_act_pad(x, *t, lengths, reach=1, offset=offset, **OPTIONS),
+        *(x, offset, weight, bias),
+    )
+    expected = with_gradients(
+        lambda x, offset, *t: reference(x + offset, *t, lengths, 1),
+        *(t.double() for t in (x, offset, weight, bias)),
+    )
+    assert got[2].dtype == dtype
+    assert_near([t.double() for t in got], expected, tolerance)
+
+
+@runs_kernels
+@pytest.mark.parametrize("options", [{"channels": (16, 8)}, EIGHT])
+def test_a_frontend_learns_the_same(options, monkeypatch):
+    """Its later convolutions leave their bias to the kernel."""
+    torch.manual_seed(0)
+    frontend = ConvFrontend(20, dropout=0.0, **options).to(DEVICE)
+    x, lengths = torch.randn(3, 41, 20, device=DEVICE), torch.tensor([41, 17, 1], device=DEVICE)
+    results = []
+    for fused in (True, False):
+        monkeypatch.setattr("modules.ops.norm_act_pad.supports", lambda x, reach, on=fused: on)
+        y, _ = frontend(x, lengths)
+        dy = torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y)
+        results.append([y, *torch.autograd.grad(y, list(frontend.parameters()), dy)])
+    assert_near(*results, 1e-4)
 
 
 @runs_kernels
@@ -91,7 +133,7 @@ def test_what_is_dropped_is_dropped_backward_too():
     valid = zero_padding(torch.ones_like(x), lengths) > 0
     assert abs((keep[valid] > 0).double().mean() - 0.7) < 0.02
     wide = [t.double() for t in (x, weight, bias)]
-    expected = with_gradients(reference, *wide, lengths, 1, keep.double())
+    expected = with_gradients(lambda *t: reference(*t, lengths, 1, keep.double()), *wide)
     assert_near([t.double() for t in got], expected, 1e-5)
     again = norm_act_pad(x, weight, bias, lengths, reach=1, dropout=0.3, **OPTIONS)
     assert not torch.equal(again, got[0])  # it draws anew
@@ -106,6 +148,17 @@ def test_an_utterance_without_frames():
     assert not y[1].any() and not dx[1].any()
     others = torch.tensor([0, 2], device=DEVICE)
     assert torch.equal(y[others], run(x[others], weight, bias, lengths[others]))
+
+
+@runs_kernels
+def test_gradients_without_frames():
+    x, weight, bias, lengths = tensors(2, 1, 5, 4)
+    x, offset = x[:, :0], bias[0]
+    results = with_gradients(
+        lambda x, offset, *t: norm_act_pad(x, *t, 0 * lengths, offset=offset, **OPTIONS),
+        *(x, offset, weight, bias),
+    )
+    assert results[1].shape == x.shape and not any(t.any() for t in results[2:])
 
 
 @runs_kernels
@@ -159,27 +212,30 @@ def test_patches_of_an_utterance_without_frames():
 
 @installed
 @outside
-def test_nothing_is_spilled():
-    """The first block of all sizes: 40 bins of 64 channels."""
+@pytest.mark.parametrize(("bins", "channels", "width"), [(40, 64, 512), (20, 32, 128)])
+def test_nothing_is_spilled(bins, channels, width):
+    """Both blocks of all sizes, the second with the bias of its convolution."""
     from modules.ops.norm_act_pad.triton import REGISTERS, parts_of, warps_of
     from modules.ops.norm_act_pad.triton_kernels import backward_kernel, forward_kernel
 
-    assert parts_of(40 * 64) == (512, 5)
-
+    assert parts_of(bins * channels, channels) == (width, 5)
     pointers = {"keys": "i32", "out": "bf16", "dout": "bf16", "dx": "bf16", "x": "bf16"}
     constants = {
-        "BINS": 40,
-        "CHANNELS": 64,
+        "BINS": bins,
+        "CHANNELS": channels,
         "REACH": 1,
-        "WIDTH": 512,
+        "WIDTH": width,
         "PARTS": 5,
         "DROPS": True,
-        "BIN": 64,
+        "BIN": channels,
         "ROWS": 8,
     }
     constants |= {"slope": 0.01, "threshold": 0, "scale": 2.0, "eps": 1e-5}
+    if bins == 40:
+        constants |= {"offset": None, "doffsets": None}
+    pointers["offset"] = "bf16"
     for kernel, each, registers in ((forward_kernel, 20, None), (backward_kernel, 10, REGISTERS)):
-        warps = warps_of(512, 5, each)
+        warps = warps_of(width, 5, each)
         _, spilled, _ = compile_kernel(kernel, "bf16", constants, warps, registers, **pointers)
         assert spilled == 0
 

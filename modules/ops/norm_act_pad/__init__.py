@@ -23,18 +23,19 @@ def supports(x, reach):
     return able and not torch.compiler.is_compiling() and x.shape[2] > reach
 
 
-def norm_act_pad(x, weight, bias, lengths, *, eps, slope, dropout=0.0, reach=0):
+def norm_act_pad(x, weight, bias, lengths, *, eps, slope, dropout=0.0, reach=0, offset=None):
     """LayerNorm over a frame, leaky ReLU, dropout; each utterance reflected at its own ends.
 
     x: (B, T, F, C); weight, bias: (F, C); lengths: (B,)
     eps, slope: LayerNorm's, the ReLU's; dropout: what share of numbers becomes zero
     reach: how many frames and bins are added at each edge, F > reach. An utterance too short to
         reflect repeats its nearest frame.
+    offset: (C,), added to x before, such as the bias of the convolution that gave x; or None
     -> (B, T + 2 reach, F + 2 reach, C) in x's dtype, zero past an utterance's reflected end.
     """
     from modules.ops.norm_act_pad.triton import NormActPad
 
-    return NormActPad.apply(x, weight, bias, lengths, eps, slope, dropout, reach)
+    return NormActPad.apply(x, offset, weight, bias, lengths, eps, slope, dropout, reach)
 
 
 def patches(x, lengths, kernel_size, stride, reach, columns, dtype):

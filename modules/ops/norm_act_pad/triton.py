@@ -14,7 +14,7 @@ REGISTERS = 128  # a thread, as many as let two programs run there at a time
 
 class NormActPad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lengths, eps, slope, dropout, reach):
+    def forward(ctx, x, offset, weight, bias, lengths, eps, slope, dropout, reach):
         from modules.ops.norm_act_pad.triton_kernels import forward_kernel
 
         x = x.contiguous()
@@ -24,8 +24,10 @@ class NormActPad(torch.autograd.Function):
         keys = torch.empty(2, dtype=torch.int32, device=x.device)
         if dropout:
             keys.random_(-(2**31), 2**31 - 1)
-        shared = (x, weight.contiguous(), bias.contiguous(), lengths.contiguous(), keys, stats)
-        width, parts = parts_of(F * C)
+        offset = None if offset is None else offset.contiguous()
+        given = (offset, weight.contiguous(), bias.contiguous(), lengths.contiguous())
+        shared = (x, *given, keys, stats)
+        width, parts = parts_of(F * C, C)
         sizes = {"BINS": F, "CHANNELS": C, "REACH": reach, "WIDTH": width, "PARTS": parts}
         scale = 1 / (1 - dropout) if dropout < 1 else 0.0
         numbers = (T, B, slope, int(2**32 * dropout) - 2**31, scale)
@@ -49,27 +51,31 @@ class NormActPad(torch.autograd.Function):
     def backward(ctx, dout):
         from modules.ops.norm_act_pad.triton_kernels import backward_kernel
 
-        x, weight, *_ = shared = ctx.saved_tensors
+        x, offset, weight, *_ = shared = ctx.saved_tensors
         dx, programs = torch.empty_like(x), min(PROGRAMS, max(1, x.shape[0] * x.shape[1]))
-        sums = torch.zeros(programs, 2, *weight.shape, dtype=torch.float32, device=x.device)
-        if x.numel():
-            with torch.cuda.device_of(x):
-                backward_kernel[(programs,)](
-                    *(*shared, dout.contiguous(), dx, sums, *ctx.numbers),
-                    **ctx.sizes,
-                    num_warps=warps_of(ctx.sizes["WIDTH"], ctx.sizes["PARTS"], 10),
-                    maxnreg=REGISTERS,
-                )
+        sums = torch.empty(programs, 2, *weight.shape, dtype=torch.float32, device=x.device)
+        doffsets = None
+        if offset is not None:
+            doffsets = sums.new_empty(programs, min(ctx.sizes["WIDTH"], weight.numel()))
+        with torch.cuda.device_of(x):  # without frames too: all sums are written there
+            backward_kernel[(programs,)](
+                *(*shared, dout.contiguous(), dx, sums, doffsets, *ctx.numbers),
+                **ctx.sizes,
+                num_warps=warps_of(ctx.sizes["WIDTH"], ctx.sizes["PARTS"], 10),
+                maxnreg=REGISTERS,
+            )
         dweight, dbias = sums.sum(0).to(weight.dtype)
-        return dx, dweight, dbias, *[None] * 5
+        if offset is not None:
+            doffsets = doffsets.view(-1, len(offset)).sum(0).to(offset.dtype)
+        return dx, doffsets, dweight, dbias, *[None] * 5
 
 
-def parts_of(size):
-    """-> width, parts: a row's numbers in up to seven parts of a power of two"""
-    whole = 1 << (size - 1).bit_length()
-    width = max(size & -size, 16)  # the largest power of two that divides them
-    parts = -(-size // width)
-    return (width, parts) if parts < 8 else (whole, 1)
+def parts_of(size, channels):
+    """-> width, parts: a row's numbers in up to seven parts of a power of two, of whole bins"""
+    width = size & -size  # the largest power of two that divides them
+    if width >= 16 and width % channels == 0 and size // width < 8:
+        return width, size // width
+    return 1 << (size - 1).bit_length(), 1
 
 
 def warps_of(width, parts, each):

@@ -46,20 +46,29 @@ def load_parts(row, SIZE: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
     return parts
 
 
+@triton.jit
+def load_offset(offset, CHANNELS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """A number a channel: the same for every part of a row, as each has whole bins."""
+    e = tl.arange(0, WIDTH)
+    return tl.load(offset + e % CHANNELS, mask=e < SIZE, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    x, weight, bias, lengths, keys, stats, out,
+    x, offset, weight, bias, lengths, keys, stats, out,
     frames, utterances, slope, threshold, scale, eps,
     BINS: tl.constexpr, CHANNELS: tl.constexpr, REACH: tl.constexpr, WIDTH: tl.constexpr,
     PARTS: tl.constexpr, DROPS: tl.constexpr, BIN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS frames of the result, each from the frame that it repeats."""
+    """ROWS frames of the result, each from the frame that it repeats; offset may be None."""
     SIZE: tl.constexpr = BINS * CHANNELS
     b = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + b).to(tl.int32)
     last = tl.maximum(length - 1, 0)
     c = tl.arange(0, BIN)
     padded = frames + 2 * REACH
+    if offset is not None:
+        added = load_offset(offset, CHANNELS, SIZE, WIDTH)
     w = load_parts(weight, SIZE, WIDTH, PARTS)
     shift = load_parts(bias, SIZE, WIDTH, PARTS)
     for k in range(ROWS):
@@ -75,8 +84,11 @@ def forward_kernel(
         for i in tl.static_range(PARTS):
             e = i * WIDTH + tl.arange(0, WIDTH)
             value = tl.load(x + row * SIZE + e, mask=(e < SIZE) & inside, other=0.0)
-            values = values + (value.to(tl.float32),)
-            total += values[i]
+            value = value.to(tl.float32)
+            if offset is not None:
+                value += added
+            values = values + (value,)
+            total += value
         mean = tl.sum(total, axis=0) / SIZE
         squares = tl.zeros((WIDTH,), tl.float32)
         for i in tl.static_range(PARTS):
@@ -101,11 +113,12 @@ def forward_kernel(
                 e_bin = bin * CHANNELS + c
                 inner = c < CHANNELS
                 value = tl.load(x + row * SIZE + e_bin, mask=inner & inside, other=0.0)
+                value = value.to(tl.float32)
+                if offset is not None:
+                    value += tl.load(offset + c, mask=inner, other=0.0).to(tl.float32)
                 w_bin = tl.load(weight + e_bin, mask=inner, other=0.0).to(tl.float32)
                 shift_bin = tl.load(bias + e_bin, mask=inner, other=0.0).to(tl.float32)
-                y = ending(
-                    value.to(tl.float32), row, e_bin, w_bin, shift_bin, *numbers, SIZE, DROPS
-                )
+                y = ending(value, row, e_bin, w_bin, shift_bin, *numbers, SIZE, DROPS)
                 y = tl.where(inside, y, 0.0).to(out.dtype.element_ty)
                 tl.store(target + image * CHANNELS + c, y, mask=inner & here)
 
@@ -129,14 +142,20 @@ def load_gradient(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
-    x, weight, bias, lengths, keys, stats, dout, dx, sums,
+    x, offset, weight, bias, lengths, keys, stats, dout, dx, sums, doffsets,
     frames, utterances, slope, threshold, scale,
     BINS: tl.constexpr, CHANNELS: tl.constexpr, REACH: tl.constexpr, WIDTH: tl.constexpr,
     PARTS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
-    """Every so-manieth frame's dx; sums (programs, 2, F C): the gradients of weight and bias."""
+    """Every so-manieth frame's dx; sums (programs, 2, F C): the gradients of weight and bias.
+
+    offset and doffsets (programs, the numbers of a part), its gradient over some bins, may be None.
+    """
     SIZE: tl.constexpr = BINS * CHANNELS
     stride: tl.constexpr = (BINS + 2 * REACH) * CHANNELS
+    if offset is not None:
+        added = load_offset(offset, CHANNELS, SIZE, WIDTH)
+        doffset = tl.zeros((WIDTH,), tl.float32)
     w = load_parts(weight, SIZE, WIDTH, PARTS)
     shift = load_parts(bias, SIZE, WIDTH, PARTS)
     dw = ()
@@ -177,7 +196,10 @@ def backward_kernel(
                         dout + (start + REACH + length + k) * stride,
                         *(e, e < SIZE, after, BINS, CHANNELS, REACH),
                     )
-            values = values + (value.to(tl.float32),)
+            value = value.to(tl.float32)
+            if offset is not None:
+                value += added
+            values = values + (value,)
             gradients = gradients + (g,)
         total = tl.zeros((WIDTH,), tl.float32)
         along = tl.zeros((WIDTH,), tl.float32)
@@ -207,12 +229,18 @@ def backward_kernel(
             e = i * WIDTH + tl.arange(0, WIDTH)
             g = (weighted[i] - shared - normed[i] * share) * deviation
             tl.store(dx + row * SIZE + e, g.to(dx.dtype.element_ty), mask=e < SIZE)
+            if offset is not None:
+                doffset += g
         row += tl.num_programs(0)
     to = sums + tl.program_id(0).to(tl.int64) * (2 * SIZE)
     for i in tl.static_range(PARTS):
         e = i * WIDTH + tl.arange(0, WIDTH)
         tl.store(to + e, dw[i], mask=e < SIZE)
         tl.store(to + SIZE + e, db[i], mask=e < SIZE)
+    if offset is not None:
+        e = tl.arange(0, WIDTH)
+        numbers: tl.constexpr = min(WIDTH, SIZE)
+        tl.store(doffsets + tl.program_id(0) * numbers + e, doffset, mask=e < SIZE)
 
 
 @triton.jit(do_not_specialize=["frames", "outputs"])
