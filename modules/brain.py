@@ -12,6 +12,7 @@ from speechbrain.utils.metric_stats import ErrorRateStats
 from modules.compilation import compile_layers, graphs_for
 from modules.ema import WeightAverage
 from modules.errors import UserError
+from modules.features import standardize
 from modules.heads import learn_biases_by_products
 from modules.lengths import absolute, relative, zero_padding
 from modules.losses import consistency_loss, too_few_frames
@@ -56,7 +57,7 @@ class ASRBrain(TrainingBrain):
         features, lengths = self.hparams.compute_features(wavs, samples)
         # Only training updates the statistics, and reads the epoch to know when to stop.
         epoch = self.hparams.epoch_counter.current
-        features = self.modules.normalize(features, relative(lengths, features.shape[1]), epoch)
+        features = standardize(self.modules.normalize, features, lengths, epoch)
         if stage == sb.Stage.TRAIN:
             features, lengths = (
                 x.repeat_interleave(self.hparams.views, dim=0) for x in (features, lengths)

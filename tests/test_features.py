@@ -5,11 +5,13 @@ import pickle
 
 import pytest
 import torch
+from speechbrain.processing.features import InputNormalization
 from torch.nn import functional as F  # noqa: N812
 
 from modules.augmentation import Reverberation, coloured_noise
-from modules.features import Features
+from modules.features import Features, standardize
 from modules.fourier import irfft, rfft, short_time, transform_length
+from tests.test_exact_resume import assert_identical
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -110,3 +112,20 @@ def test_transforms_of_more_rows_have_the_same_first_ones():
     spectrum = torch.fft.rfft(x, points)
     torch.testing.assert_close(rfft(x, points), spectrum)
     torch.testing.assert_close(irfft(spectrum, points), torch.fft.irfft(spectrum, points))
+
+
+@pytest.mark.parametrize("norm_type", ["global", "sentence"])
+@pytest.mark.parametrize("epoch, training", [(1, True), (5, True), (1, False)])
+def test_they_are_standardized_as_by_speechbrain(norm_type, epoch, training):
+    torch.manual_seed(0)
+    x, lengths = 20 * torch.randn(2, 50, 80) - 30, torch.tensor([50, 25])
+    results = []
+    for way in (InputNormalization.forward, standardize):
+        normalize = InputNormalization(norm_type=norm_type, update_until_epoch=3)
+        normalize(x[:1] + 1, torch.ones(1), 1)
+        normalize.train(training)
+        given = lengths / 50 if way is InputNormalization.forward else lengths
+        results.append((way(normalize, x, given, epoch), normalize.count, normalize.glob_mean))
+    (expected, *statistics), (got, *kept) = results
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert_identical(kept, statistics)
