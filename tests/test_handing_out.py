@@ -182,7 +182,7 @@ def test_to_record_compiles_nothing_again():
 
     def step(function):
         with torch.autocast("cuda", torch.bfloat16):
-            y, _ = function(*inputs)
+            y = function(*inputs)[0][:, : inputs[0].shape[1]]  # graphs give more padding
         weights = torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y)
         (y.float() * weights).sum().backward()
         gradient = norm.weight.grad.clone()

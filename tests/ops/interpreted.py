@@ -46,7 +46,7 @@ def assert_near(got, expected, tolerance):
 ROWS = {"u", "dt", "x", "y", "z", "out"}  # and their gradients: in the dtype of the model
 NUMBERS = {"frames", "piece_frames", "tile", "utterances", "reverse_from", "states", "words"}
 NUMBERS |= {"columns", "most", "blank"}  # of CTC
-NUMBERS |= {"rows"}  # of partial sums
+NUMBERS |= {"rows", "outputs"}  # of partial sums, and of a convolution
 
 
 def compile_kernel(kernel, dtype, constants, warps, registers=None, **pointers):

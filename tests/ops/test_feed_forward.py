@@ -190,9 +190,10 @@ def test_sizes():
     assert triton.fits(144, 1024, False) and triton.fits(256, 64, False)
     for channels, hidden in ((0, 64), (8, 64), (40, 64), (272, 64), (144, 96)):
         assert not triton.fits(channels, hidden, False)
-    assert triton.sizes_of(12800, 144) == (128, 64)
-    assert triton.sizes_of(400, 144) == (64, 64)
-    assert triton.sizes_of(12800, 256) == (128, 32)
+    assert triton.sizes_of(12800, 144) == triton.sizes_of(400, 144) == (64, 64, 2)
+    assert triton.sizes_of(12800, 192) == (128, 64, 3)
+    assert triton.sizes_of(400, 192) == (64, 64, 3)
+    assert triton.sizes_of(12800, 256) == (128, 32, 3)
 
 
 @installed
@@ -203,10 +204,10 @@ def test_an_h100_multiplies_all_by_its_tensor_cores(channels, spills, frames):
     """At the widest it spills before and behind the loop."""
     from modules.ops.feed_forward.triton_kernels import forward_kernel
 
-    rows, block = triton.sizes_of(frames, channels)
+    rows, block, stages = triton.sizes_of(frames, channels)
     widths, starts = triton.parts_of(channels)
     constants = {"D": channels, "HIDDEN": 1024, "WIDTHS": widths, "STARTS": starts, "ROWS": rows}
-    constants |= {"BLOCK": block, "STAGES": triton.STAGES, "CLOSES": True}
+    constants |= {"BLOCK": block, "STAGES": stages, "CLOSES": True}
     constants |= {"eps": 1e-5, "out_eps": 1e-5, "scale": 0.5}
     halves = dict.fromkeys(("weight1", "bias1", "weight2", "bias2"), "bf16")
     _, spilled, ptx = compile_kernel(forward_kernel, "fp32", constants, rows // 16, **halves)

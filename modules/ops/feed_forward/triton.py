@@ -11,14 +11,8 @@ import os
 
 import torch
 
-# Frames of a program, of which an H100's multiprocessor holds one. Each reads both weights whole,
-# from the L2 cache: 59 MB for a small model's batch, by estimate for as long as its GELU takes.
-# Programs of half as many frames would read twice as much, and are for batches that even so give
-# each multiprocessor no more than one.
-ROWS = 128
+SHARED = 232448  # bytes of shared memory that a program may have, and nearly that two
 MULTIPROCESSORS = 132
-STAGES = 3  # blocks of weights in shared memory, of which one is multiplied
-SHARED = 232448  # bytes of shared memory that a program may have
 
 
 @torch.compiler.assume_constant_result  # which a graph asks once, when it is made
@@ -41,10 +35,20 @@ def parts_of(channels):
 
 
 def sizes_of(frames, channels):
-    """-> frames of a program, hidden channels at a time"""
-    rows = ROWS if frames > ROWS // 2 * MULTIPROCESSORS else ROWS // 2
-    needed = 2 * channels * (ROWS + STAGES * 2 * 64)  # bytes, of 64 hidden channels
-    return rows, 64 if needed <= SHARED else 32
+    """-> frames of a program, hidden channels at a time, how many such blocks are in memory
+
+    A program reads both weights whole, from the L2 cache. Two programs of 64 frames share a
+    multiprocessor, where one multiplies while the other is at its GELU. Of more channels it has
+    place for one alone, of 128 frames unless a batch has too few of them for all multiprocessors.
+    """
+
+    def taken(rows, stages):  # bytes, by 64 hidden channels at a time
+        return 2 * channels * (rows + stages * 2 * 64)
+
+    if taken(64, 2) <= SHARED // 2:
+        return 64, 64, 2
+    rows = 128 if frames > 64 * MULTIPROCESSORS else 64
+    return rows, 64 if taken(128, 3) <= SHARED else 32, 3
 
 
 @torch.library.custom_op("mamba_asr::residual_feed_forward", mutates_args=())
@@ -60,7 +64,7 @@ def operator(
 
     channels, hidden = x.shape[-1], weights[2].shape[0]
     x, out, frames = x.contiguous(), _shapes(x, weights), x.numel() // channels
-    rows, block = sizes_of(frames, channels)
+    rows, block, stages = sizes_of(frames, channels)
     widths, starts = parts_of(channels)
     closes = len(weights) > 6
     weights = [t.contiguous() for t in weights] + [None] * (8 - len(weights))
@@ -70,7 +74,7 @@ def operator(
             forward_kernel[(-(-frames // rows),)](
                 *(x, *weights, out, frames, eps, closing_eps, scale),
                 **{"D": channels, "HIDDEN": hidden, "WIDTHS": widths, "STARTS": starts},
-                **{"ROWS": rows, "BLOCK": block, "STAGES": STAGES, "CLOSES": closes},
+                **{"ROWS": rows, "BLOCK": block, "STAGES": stages, "CLOSES": closes},
                 num_warps=rows // 16,
             )
     return out

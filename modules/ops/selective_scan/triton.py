@@ -283,8 +283,9 @@ def _packed(B, C):
 
 
 def _turned_rates(A):
-    """A (G, N, D) in float32, times log2(e)"""
-    return (A.float() * math.log2(math.e)).mT.contiguous()
+    """A (G, D, N) -> (G, N, D) in float32, times log2(e): one launch, where it is float32"""
+    A_t = torch.empty(A.mT.shape, dtype=torch.float32, device=A.device)
+    return torch.mul(A.float().mT, math.log2(math.e), out=A_t)
 
 
 def _beside(B, C):
