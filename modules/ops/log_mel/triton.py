@@ -32,7 +32,7 @@ def log_mel(wavs, window, bands, hop, amin, reach, lengths, top_db):
             WIDTH=1 << (points - 1).bit_length(),
             ROWS=FRAMES,
         )
-        spectra = torch.view_as_real(torch.fft.rfft(cut))
+        spectra = torch.fft.rfft(cut).view(torch.int64)
         mel_kernel[-(-frames // ROWS), batch](
             *(spectra, *bands, lengths, out, loudest, frames, amin),
             BINS=points // 2 + 1,

@@ -33,34 +33,38 @@ def mel_kernel(
     BINS: tl.constexpr, MELS: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, LIMITS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS frames of an utterance: spectra (B T, BINS, 2) -> out (B, T, MELS), loudest (B,).
+    """ROWS frames of an utterance: spectra (B T, BINS) -> out (B, T, MELS), loudest (B,).
+
+    A complex number is an int64, of which both halves come in one load.
 
     Each of a filter's few bins is read where it is needed: a bin is in two filters, and from the
     second reading on in the cache. As a product with all bins it would be 40 times the work.
     """
     b = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m = tl.arange(0, WIDTH)
-    row = spectra + (b * frames + t) * (2 * BINS)
+    # Filters first: Triton has neighbouring threads take what it reads in this order, and bins of a
+    # frame lie beside each other.
+    m = tl.arange(0, WIDTH)[:, None]
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
+    row = spectra + (b * frames + t) * BINS
     first = tl.load(firsts + m, mask=m < MELS, other=0)
-    power = tl.zeros((ROWS, WIDTH), tl.float32)
+    power = tl.zeros((WIDTH, ROWS), tl.float32)
     for tap in range(TAPS):
         weight = tl.load(weights + tap * MELS + m, mask=m < MELS, other=0.0)
-        there = (t[:, None] < frames) & (weight[None, :] != 0.0)
-        place = row[:, None] + 2 * (first[None, :] + tap)
-        real = tl.load(place, mask=there, other=0.0)
-        imaginary = tl.load(place + 1, mask=there, other=0.0)
-        power += (real * real + imaginary * imaginary) * weight[None, :]
+        there = (t < frames) & (weight != 0.0)
+        both = tl.load(row + (first + tap), mask=there, other=0)
+        real = both.to(tl.int32).to(tl.float32, bitcast=True)
+        imaginary = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        power += (real * real + imaginary * imaginary) * weight
     x = DECIBELS * tl.log2(tl.maximum(power, amin, propagate_nan=NAN))
-    stored = (t[:, None] < frames) & (m[None, :] < MELS)
+    stored = (t < frames) & (m < MELS)
     if lengths is not None:
-        valid = stored & (t[:, None] < tl.load(lengths + b))
+        valid = stored & (t < tl.load(lengths + b))
         if LIMITS:
             own = tl.where(valid & (x == x), x, float("-inf"))  # NaN stays in its own frames
             own = tl.max(tl.max(own, axis=1), axis=0)
             tl.atomic_max(loudest + b, own, sem="relaxed")
         x = tl.where(valid, x, 0.0)
-    tl.store(out + (b * frames + t[:, None]) * MELS + m[None, :], x, mask=stored)
+    tl.store(out + (b * frames + t) * MELS + m, x, mask=stored)
 
 
 @triton.jit(do_not_specialize=SIZES)
