@@ -15,6 +15,8 @@ from torch.utils.checkpoint import (
 )
 
 aten = torch.ops.aten
+# One frame after the other, of all operators the slowest; and one whose result is the smallest.
+KEPT = {"mamba_asr::selective_scan", "mamba_asr::depthwise_conv1d"}
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
 
@@ -23,8 +25,8 @@ def policy(_, operator, *args, **options):
     kept = CheckpointPolicy.MUST_SAVE
     if torch.Tag.nondeterministic_seeded in operator.tags:
         return kept  # drawn again, other weights would be dropped
-    if operator.name() == "mamba_asr::selective_scan":
-        return kept  # one frame after the other: of all operators the slowest
+    if operator.name() in KEPT:
+        return kept
     if operator is aten.mean.dim:
         return kept  # of both directions' scans, and half as large
     if operator in PRODUCTS and narrows(*args[-2:]):
