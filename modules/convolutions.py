@@ -37,11 +37,6 @@ class ChannelsLastConv2d(Conv2d):
         return self.product(F.pad(patches, (0, self.columns - time * bins), value=1.0))
 
     @property
-    def sizes(self):
-        """Frames and bins of the kernel."""
-        return self.conv.weight.shape[:1:-1]
-
-    @property
     def columns(self):
         """Numbers of a patch of one channel, and one or more ones: tensor cores want whole eights.
 
@@ -51,13 +46,9 @@ class ChannelsLastConv2d(Conv2d):
 
     def product(self, patches):
         """Patches (B, T', F', columns), frame by frame -> (B, T', F', C')"""
-        return F.linear(patches, self.taps())
-
-    def taps(self):
-        """What patches are multiplied by: (C', columns)"""
         weight = self.conv.weight.transpose(2, 3).flatten(1)
         weight = torch.cat([weight, self.conv.bias.unsqueeze(1)], dim=1)
-        return F.pad(weight, (0, self.columns - weight.shape[1]))
+        return F.linear(patches, F.pad(weight, (0, self.columns - weight.shape[1])))
 
 
 class SeparableConv2d(nn.Sequential):

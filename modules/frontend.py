@@ -93,41 +93,39 @@ class ConvFrontend(nn.Module):
         return zero_padding(x.flatten(2), lengths), lengths
 
     def fused(self, x, lengths):
-        """`forward` with one kernel from conv to conv, and one for what the first conv reads.
-
-        Without gradients the whole first block is one kernel.
-        """
+        """`forward` with one kernel from conv to conv, and one for what the first conv reads."""
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        for i, block in enumerate(self.blocks.values(), start=1):
-            conv, norm = block.convs.conv_0, block.convs.norm_0.norm
-            dropout = block.convs.dropout_0.p if self.training else 0.0
-            before, lengths = lengths, (lengths - 1) // self.stride + 1
-            options = {
-                "eps": norm.eps,
-                "slope": block.convs.act_0.negative_slope,
-                "reach": self.reach if i < len(self.blocks) else 0,
-            }
-            if i == 1 and not dropout and norm_act_pad.makes_first_block(x, conv, dtype):
-                given = (x, before, conv.taps().to(dtype), norm.weight, norm.bias)
-                options |= {"kernel_size": conv.sizes, "stride": self.stride}
-                x = norm_act_pad.first_block(*given, **options)
-                continue
-            y, offset = self._first(x, before, dtype) if i == 1 else conv.apart(x)
-            x = norm_act_pad.norm_act_pad(
-                *(y, norm.weight, norm.bias, lengths), dropout=dropout, offset=offset, **options
-            )
-        return x.flatten(2), lengths
-
-    def _first(self, x, lengths, dtype):
-        """The first convolution, and no bias that it lacks."""
-        conv = self.blocks["convblock_0"].convs.conv_0
+        first = self.blocks["convblock_0"].convs.conv_0
         if torch.is_grad_enabled() and x.requires_grad:
             x = zero_padding(x, lengths).to(dtype)
-            return conv(reflect_bins(reflect_frames(x, lengths, self.reach), self.reach)), None
-        options = (conv.sizes, self.stride, self.reach, conv.columns, dtype)
-        return conv.product(norm_act_pad.patches(x, lengths, *options)), None
+            y = first(reflect_bins(reflect_frames(x, lengths, self.reach), self.reach))
+        else:
+            size = first.conv.weight.shape[:1:-1]  # frames and bins
+            y = first.product(
+                norm_act_pad.patches(
+                    x, lengths, size, self.stride, self.reach, first.columns, dtype
+                )
+            )
+        offset = None  # the first has its bias
+        for i, block in enumerate(self.blocks.values(), start=1):
+            parts = block.convs
+            if i > 1:
+                y, offset = parts.conv_0.apart(x)
+            lengths = (lengths - 1) // self.stride + 1
+            x = norm_act_pad.norm_act_pad(
+                y,
+                parts.norm_0.norm.weight,
+                parts.norm_0.norm.bias,
+                lengths,
+                eps=parts.norm_0.norm.eps,
+                slope=parts.act_0.negative_slope,
+                dropout=parts.dropout_0.p if self.training else 0.0,
+                reach=self.reach if i < len(self.blocks) else 0,
+                offset=offset,
+            )
+        return x.flatten(2), lengths
 
     def initial_step(self, batch_size):
         """The state of `step` before the first frame: zeros, none of which is read."""

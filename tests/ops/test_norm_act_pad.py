@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from modules.convolutions import ChannelsLastConv2d
 from modules.frontend import ConvFrontend, reflect_bins, reflect_frames
 from modules.lengths import zero_padding
-from modules.ops.norm_act_pad import first_block, norm_act_pad, patches
+from modules.ops.norm_act_pad import norm_act_pad, patches
 from tests.ops.interpreted import (
     DEVICE,
     assert_near,
@@ -202,33 +201,6 @@ def test_patches_equal_the_parts(T, bins, size, stride, dtype):
     got = patches(x, lengths, (size, size), stride, reach, columns, dtype)
     # The interpreter cuts bfloat16 off where a GPU rounds.
     torch.testing.assert_close(got, expected, rtol=0 if dtype == torch.float32 else 2**-7, atol=0)
-
-
-@runs_kernels
-@pytest.mark.parametrize("reach", [0, 1])
-@pytest.mark.parametrize(("T", "bins", "channels"), [(11, 5, 16), (1, 4, 16), (20, 80, 64)])
-def test_a_first_block_equals_its_parts(T, bins, channels, reach):
-    """In a GPU's half precision, of which the interpreter cuts bits off."""
-    torch.manual_seed(T)
-    x, _, _, lengths = tensors(4, T, bins, 1)
-    x, lengths[1] = x.squeeze(3), 0
-    conv = ChannelsLastConv2d(channels, 3, input_shape=(None, None, bins + 2), stride=2)
-    conv.to(DEVICE)
-    places = (bins - 1) // 2 + 1
-    weight, bias = torch.randn(2, places, channels, device=DEVICE)
-    taps = conv.taps().detach().to(torch.bfloat16)
-    sizes = {"kernel_size": (3, 3), "stride": 2}
-    got = first_block(x, lengths, taps, weight, bias, reach=reach, **sizes, **OPTIONS)
-    after = (lengths - 1) // 2 + 1
-    y = patches(x, lengths, (3, 3), 2, 1, conv.columns, torch.bfloat16).float() @ taps.float().t()
-    expected = norm_act_pad(y, weight, bias, after, reach=reach, **OPTIONS)
-    assert got.dtype == torch.bfloat16 and got.shape == expected.shape
-    assert not got[1].any()
-    assert_near([got.float()], [expected], 1e-2)
-    padding = zero_padding(torch.ones_like(x), lengths) == 0
-    x = x.masked_fill(padding, float("nan"))
-    again = first_block(x, lengths, taps, weight, bias, reach=reach, **sizes, **OPTIONS)
-    assert torch.equal(again, got)
 
 
 @runs_kernels

@@ -207,7 +207,8 @@ def normalizers_kernel(logits, out, units, UNIT: tl.constexpr, COLUMNS: tl.const
     for first in range(0, columns, COLUMNS):  # from the cache
         mask = first + column < columns
         x = tl.load(logits + row + first + column, mask=mask, other=float("-inf"))
-        total += tl.exp2(tl.fma(x.to(tl.float32), LOG2E, -highest * LOG2E))
+        # The difference first: of products one alone would be rounded, and 1e30 has none to spare.
+        total += tl.exp2((x.to(tl.float32) - highest) * LOG2E)
     tl.store(out + tl.program_id(0), highest + tl.log(tl.sum(total, axis=0)))
 
 

@@ -9,10 +9,19 @@ import triton
 import triton.language as tl
 
 from modules import activation
-from modules.ops.products import INTERPRETED, dot
+from modules.ops import kernels
 
+INTERPRETED = tl.constexpr(kernels.interpreting())
 # PyTorch's numbers, as a Triton function; Triton's interpreter calls Python's as it stands.
 tail_power = activation.tail_power if INTERPRETED else triton.jit(activation.tail_power)
+
+
+@triton.jit
+def dot(a, b, total):
+    """total + a b; the interpreter multiplies bfloat16's bits, where it is not kept from it."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total)
 
 
 @triton.jit

@@ -50,29 +50,6 @@ def patches(x, lengths, kernel_size, stride, reach, columns, dtype):
     return patches(x, lengths, kernel_size, stride, reach, columns, dtype)
 
 
-def makes_first_block(x, conv, dtype):
-    """Whether one kernel makes the first block for x (B, T, F), of which nothing is learnt.
-
-    Its products are those of tensor cores, of half precision.
-    """
-    half = dtype in (torch.bfloat16, torch.float16)
-    channels = conv.conv.out_channels
-    sizes = channels in (16, 32, 64) and conv.columns == 16 and x.shape[2] <= 128
-    return half and sizes and not torch.is_grad_enabled()
-
-
-def first_block(x, lengths, taps, weight, bias, *, kernel_size, stride, eps, slope, reach):
-    """A convolution of one channel, reflected at the edges, and what `norm_act_pad` does behind it.
-
-    x: (B, T, F); lengths: (B,) in frames of x; taps: (C, columns), a patch's numbers as of
-        `patches`, the bias, zeros; weight, bias: (F', C); kernel_size: frames and bins, as many
-    -> (B, T' + 2 reach, F' + 2 reach, C) in taps' dtype, T' = (T - 1) // stride + 1
-    """
-    from modules.ops.norm_act_pad.triton import first_block
-
-    return first_block(x, lengths, taps, weight, bias, kernel_size, stride, eps, slope, reach)
-
-
 def _dtype(x):
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

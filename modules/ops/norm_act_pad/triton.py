@@ -104,26 +104,3 @@ def patches(x, lengths, kernel_size, stride, reach, columns, dtype):
                 WIDTH=1 << (places * columns - 1).bit_length(),
             )
     return out
-
-
-def first_block(x, lengths, taps, weight, bias, kernel_size, stride, eps, slope, reach):
-    """As `modules.ops.norm_act_pad.first_block`."""
-    from modules.ops.norm_act_pad.triton_block import block_kernel
-
-    (B, T, F), (places, channels) = x.shape, weight.shape
-    outputs = (T - 1) // stride + 1
-    shape = B, outputs + 2 * reach, places + 2 * reach, channels
-    out = x.new_empty(shape, dtype=taps.dtype)
-    sizes = {"BINS": F, "PLACES": places, "CHANNELS": channels, "STRIDE": stride}
-    sizes |= {"TIME": kernel_size[0], "WIDE": kernel_size[1], "EDGE": kernel_size[0] // 2}
-    sizes |= {"COLUMNS": taps.shape[1], "REACH": reach, "ROWS": ROWS}
-    if out.numel():
-        given = (x, lengths, taps, weight, bias)
-        with torch.cuda.device_of(x):
-            block_kernel[-(-shape[1] // ROWS), B](
-                *(*(t.contiguous() for t in given), out, T, outputs, slope, eps),
-                **sizes,
-                TILE=max(16, 1 << (places - 1).bit_length()),
-                num_warps=4,
-            )
-    return out
