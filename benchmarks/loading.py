@@ -15,10 +15,11 @@ Other options are given to the recipe: `--train_splits [train-clean-5]`, `--num_
 
 With `--compile --compile_mode reduce-overhead` give `--warm_up 600` or more: a shape of batches is
 recorded when it comes again, which takes as long as many steps. recorded counts the graphs that the
-timed steps had to record; it should be 0.
+timed steps had to record, new those that had no graph, as their shape was new: both should be 0.
 
 audio_s_per_s counts audio without padding. share is the throughput from disk over the row's.
-The last line is everything as JSON.
+The last line is everything as JSON, with the longest times between the ends of two steps, for the
+host: some long ones are a file or a graph that came late, many are a loader that does not keep up.
 """
 
 import argparse
@@ -126,14 +127,15 @@ class TimedASR(ASR):
         if self.seen == self.warm_up:
             make_room(batch, self.steps, self.on_device.stream)
             measure.synchronize(self.device)
-            self.started, self.recorded = time.perf_counter(), -graphs_of(self)
+            self.started, self.before, self.ends = time.perf_counter(), shapes_of(self), []
         elif self.seen > self.warm_up:
             self.kept.append(batch)
+            self.ends.append(time.perf_counter())
             late = time.perf_counter() - self.started > self.limit
             if late or len(self.kept) == self.steps:
                 measure.synchronize(self.device)
                 self.seconds = time.perf_counter() - self.started
-                self.recorded += graphs_of(self)
+                self.found = since(self.before, self)
                 self.optimizer_step_limit = 0  # SpeechBrain's loop ends before its next batch
         return loss
 
@@ -157,22 +159,29 @@ def audio_seconds(batches, rate):
     return audio / rate, whole / rate
 
 
-def graphs_of(brain):
-    """How many CUDA graphs it has recorded."""
-    return len(brain.graphs.graphs) if brain.graphs is not None else 0
+def shapes_of(brain):
+    """How many shapes of batches have a CUDA graph, and how many it has seen."""
+    graphs = brain.graphs
+    return (len(graphs.graphs), len(graphs.seen)) if graphs is not None else (0, 0)
+
+
+def since(before, brain):
+    """-> {"recorded": graphs, "new": shapes} of which there were none before"""
+    recorded, new = np.subtract(shapes_of(brain), before).tolist()
+    return {"recorded": recorded, "new": new}
 
 
 def time_bare(brain, batches):
-    """Seconds that the steps of the kept batches take without a loader, and graphs recorded."""
+    """Seconds that the steps of the kept batches take without a loader, and `since`."""
     brain.modules.train()
     # A graph is recorded when a shape comes for the second time.
-    for some in (batches, batches, batches) if graphs_of(brain) else (batches[:2], batches):
-        started, recorded = time.perf_counter(), -graphs_of(brain)
+    for some in (batches, batches, batches) if shapes_of(brain)[0] else (batches[:2], batches):
+        started, before = time.perf_counter(), shapes_of(brain)
         for batch in some:
             brain.step += 1
             ASR.fit_batch(brain, batch)
         measure.synchronize(brain.device)
-    return time.perf_counter() - started, recorded + graphs_of(brain)
+    return time.perf_counter() - started, since(before, brain)
 
 
 def run(options, recipe_options, folder):
@@ -211,18 +220,20 @@ def run(options, recipe_options, folder):
     augmented = time_bare(brain, brain.kept)
     hparams["fea_augment"].augment_prob = 0.0
     plain = time_bare(brain, brain.kept)
-    for what, (seconds, recorded) in (
-        ("from disk", (brain.seconds, brain.recorded)),
-        ("bare step", augmented),
-        ("bare step, no augmentation", plain),
+    slowest = np.sort(np.diff([brain.started, *brain.ends]))[::-1] * 1e3
+    for what, (seconds, found), more in (
+        ("from disk", (brain.seconds, brain.found), {"slowest_ms": slowest[:8].round(1).tolist()}),
+        ("bare step", augmented, {}),
+        ("bare step, no augmentation", plain, {}),
     ):
         yield {
             "what": what,
             **shared,
-            "recorded": recorded,
+            **found,
             "ms": round(seconds / len(brain.kept) * 1e3, 2),
             "audio_s_per_s": round(audio / seconds, 1),
             "share": round(seconds / brain.seconds, 4),
+            **more,
         }
 
 
@@ -252,6 +263,7 @@ def main():
             "steps": ">5",
             "padding": ">7.3f",
             "recorded": ">8",
+            "new": ">5",
             "ms": ">8.1f",
             "audio_s_per_s": ">13.0f",
             "share": ">6.3f",
