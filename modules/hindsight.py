@@ -97,13 +97,10 @@ class HindsightBrain(FiniteBrain):
                 self.unsettled = Unsettled(self)
 
     def add_up(self, good, should_step):
-        graphs, flat = self.graphs, None
         if self.sum is None:
-            owner = self.modules if graphs is None else self.hparams.model
-            self.sum = GradientSum(owner.parameters())
-        if graphs is not None and graphs.attached():
-            flat = graphs.flat
-        self.sum.add(good, flat)
+            self.sum = GradientSum(self.hparams.model.parameters())
+        together = self.graphs is not None and self.graphs.attached()
+        self.sum.add(good, self.graphs.flat if together else None)
         if should_step:
             self.sum.give()
 
@@ -114,7 +111,7 @@ class HindsightBrain(FiniteBrain):
             return
         gradients = self.gradients()
         norm = get_total_norm(gradients)
-        good, self.good = self.good & norm.isfinite(), False
+        good = self.good & norm.isfinite()
         self.unsettled = Unsettled(self, norm)
         clip(gradients, norm, self.max_grad_norm)
         # As a gradient scaler tells a fused optimizer to skip.
@@ -150,6 +147,7 @@ class HindsightBrain(FiniteBrain):
 
     def zero_grad(self, set_to_none=False):
         super().zero_grad(set_to_none)
+        self.good = False
         if self.sum is not None:
             self.sum.forget()
 

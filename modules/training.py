@@ -126,7 +126,7 @@ class TrainingBrain(ResumingBrain):
         """Load the average of the best checkpoints, once; nothing is written or deleted."""
         if self.results:
             return
-        self.graphs = None  # frees their memory
+        self.graphs = self.sum = None  # frees their memory
         found = self.found_checkpoints()
         if not found:
             raise UserError(

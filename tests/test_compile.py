@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfigRandomSampler
+from torch.utils.checkpoint import CheckpointPolicy
 
 from modules import encoder_layer, heads
 from modules.brain import ASRBrain
@@ -28,6 +29,7 @@ from modules.mamba2 import BiMamba2
 from modules.ops.causal_conv1d import causal_conv1d
 from modules.ops.state_space_dual.chunked import chunk_frames
 from modules.prepared import Prepared
+from modules.recomputation import KEPT, policy
 from modules.two_mambas import TwoMambas
 
 ROOT = Path(__file__).parents[1]
@@ -285,3 +287,10 @@ def test_batches_of_all_sizes_pass_compiled_layers(mixer, checkpointing, monkeyp
     for x, theirs in zip(batches, expected, strict=True):
         for ours, their in zip(step(x), theirs, strict=True):
             torch.testing.assert_close(ours, their, rtol=1e-3, atol=1e-3 * their.abs().max().item())
+
+
+def test_what_checkpointing_keeps_by_name_are_operators():
+    """Of another name they would be made again, and nobody would notice."""
+    for name in KEPT:
+        operator = getattr(torch.ops.mamba_asr, name.split("::")[1]).default
+        assert policy(None, operator) is CheckpointPolicy.MUST_SAVE
