@@ -11,6 +11,7 @@ from modules.errors import UserError
 TAGS = {"!new:": "new", "!name:": "factory"}
 LARGEST = 1 << 16  # bytes of a file: the shipped ones have a sixth of that
 MOST = 10_000  # nodes of a value, its aliases written out
+DEEPEST = 100  # of its lists and mappings within each other, whatever depth Python recurses to
 SEQUENCE, MAPPING = "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
 
 
@@ -59,12 +60,11 @@ class ResolvedYAML:
             raise UserError(f"{self.path} lacks the key {key}; it is not this project's recipe")
         nodes = {id(self.nodes[k]): name for name, k in (named or {}).items() if k in self.nodes}
         self.left = MOST
-        try:
-            return self.plain(self.nodes[key], nodes, key)
-        except RecursionError:
-            raise UserError(f"{self.path}: {key} is nested too deeply; write it plainly") from None
+        return self.plain(self.nodes[key], nodes, key)
 
-    def plain(self, node, named, key):
+    def plain(self, node, named, key, depth=0):
+        if depth > DEEPEST:
+            raise UserError(f"{self.path}: {key} is nested too deeply; write it plainly")
         self.left -= 1
         if self.left < 0:
             raise UserError(f"{self.path}: {key} holds over {MOST} values; write it plainly")
@@ -72,17 +72,17 @@ class ResolvedYAML:
             return {"part": named[id(node)]}
         prefix = next((tag for tag in TAGS if node.tag.startswith(tag)), None)
         if prefix is not None:
-            return self.plain_object(node, prefix, named, key)
+            return self.plain_object(node, prefix, named, key, depth)
         if isinstance(node, yaml.SequenceNode) and node.tag == SEQUENCE:
-            return [self.plain(n, named, key) for n in node.value]
+            return [self.plain(n, named, key, depth + 1) for n in node.value]
         if isinstance(node, yaml.MappingNode) and node.tag == MAPPING and are_names(node):
-            return {k.value: self.plain(v, named, key) for k, v in node.value}
+            return {k.value: self.plain(v, named, key, depth + 1) for k, v in node.value}
         if isinstance(node, yaml.ScalarNode) and not node.tag.startswith("!"):
             with contextlib.suppress(yaml.YAMLError, ValueError):
                 return self.loader.construct_object(node)
         raise UserError(f"{key} holds {node.tag}, which is no plain value; write the value")
 
-    def plain_object(self, node, prefix, named, key):
+    def plain_object(self, node, prefix, named, key, depth):
         name = node.tag.removeprefix(prefix)
         if name not in self.classes:
             raise UserError(
@@ -92,7 +92,8 @@ class ResolvedYAML:
         if isinstance(node, yaml.SequenceNode) or not are_names(node):
             raise UserError(f"{key}: give the arguments of {name} by name")
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        return {TAGS[prefix]: name} | {k.value: self.plain(v, named, key) for k, v in pairs}
+        values = {k.value: self.plain(v, named, key, depth + 1) for k, v in pairs}
+        return {TAGS[prefix]: name} | values
 
 
 def plain_values(path, *keys):

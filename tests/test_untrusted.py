@@ -22,6 +22,7 @@ from modules.digests import SUMS, seal
 from modules.errors import UserError
 from modules.language_model import load_language_model
 from modules.options import top_level
+from modules.resolved import plain_values
 from modules.tensors import load_tensors
 from tests.recipes import runs
 
@@ -257,6 +258,19 @@ def test_a_packages_configuration(part, message, copied):
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
         Recognizer.from_folder(copied[1], device="cpu")
+
+
+def test_yaml_is_too_deep_whatever_depth_python_recurses_to(tmp_path):
+    """Inductor raises Python's limit, once it has compiled anything."""
+    limit, path = sys.getrecursionlimit(), tmp_path / "hyperparams.yaml"
+    path.write_text("sample_rate: " + "[" * 700 + "]" * 700)
+    try:
+        for other in (limit, 5000):
+            sys.setrecursionlimit(other)
+            with pytest.raises(UserError, match="nested too deeply|not a YAML file"):
+                plain_values(path, "sample_rate")
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_a_packages_configuration_that_is_deep(copied):
