@@ -267,7 +267,7 @@ def test_yaml_is_too_deep_whatever_depth_python_recurses_to(tmp_path):
     try:
         for other in (limit, 5000):
             sys.setrecursionlimit(other)
-            with pytest.raises(UserError, match="nested too deeply|not a YAML file"):
+            with pytest.raises(UserError, match=r"nested too deeply|not a YAML file"):
                 plain_values(path, "sample_rate")
     finally:
         sys.setrecursionlimit(limit)
