@@ -61,8 +61,8 @@ def measure_branch(function, inputs, options):
         exact = branch(x.double(), *(m and copy.deepcopy(m).double() for m in modules))
     size = (exact if modules[2] else exact - x).abs().max()
     off = ((call() - exact).abs().max() / size).item()
-    timed = measure.replayed(call) if device == "cuda" else call
-    return {**measure.time_calls(timed, device, options.repeats, limit=options.limit), "off": off}
+    timed = measure.time_replays if device == "cuda" else measure.time_calls
+    return {**timed(call, device, options.repeats, limit=options.limit), "off": off}
 
 
 def shape(text):

@@ -78,8 +78,8 @@ def measure_backend(shape, options, dtype, backend):
         run(inputs, backend, dy)
 
     def milliseconds(call):
-        call = measure.replayed(call) if options.graph else call
-        return measure.time_calls(call, "cuda", options.repeats, limit=options.limit)["ms"]
+        timed = measure.time_replays if options.graph else measure.time_calls
+        return timed(call, "cuda", options.repeats, limit=options.limit)["ms"]
 
     result = {
         "forward_ms": milliseconds(forward),
