@@ -264,7 +264,10 @@ class _Launch:
         if self.batch > 0:
             with torch.cuda.device_of(shares):
                 sum_blocks_kernel[(-(-numbers // tile), self.groups * self.batch)](
-                    *(shares, dB, dC, self.blocks, numbers), N=self.states, TILE=tile
+                    *(shares, dB, dC, self.blocks, self.frames),
+                    N=self.states,
+                    TILE=tile,
+                    num_warps=8,
                 )
 
 

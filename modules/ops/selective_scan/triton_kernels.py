@@ -18,6 +18,7 @@ multiplied by log2(e), so that exp(dt A) is one exp2.
 import triton
 import triton.language as tl
 
+from modules.ops.selective_scan.triton_ahead import prefetch_rows
 from modules.ops.selective_scan.triton_extra import (
     extra_channels,
     extra_parameters,
@@ -99,6 +100,10 @@ def forward_kernel(
     if starts is not None:
         starts += (piece * tl.cdiv(piece_frames, SEGMENT) * tl.num_programs(0) + block) * KEPT
     steps = tl.zeros([LANES], tl.float32)
+    tl.static_assert(SEGMENT == LANES)  # a lane asks for a frame of the next segment
+    WIDTH: tl.constexpr = LANES + 8 * EXTRA
+    WORDS: tl.constexpr = N if PACKED else 2 * N
+    from_block, to_end = block * WIDTH - d_read, channels - 1 - d_read
 
     if length > 0:
         rows = ()
@@ -108,10 +113,6 @@ def forward_kernel(
         t_own = position(own, length, origin, sign)
         extra_rows = load_extra(u, dt, z, extra, t_own, u_t, dt_t, z_t)
         for k in range(0, length, CHUNK):
-            if starts is not None:  # noqa: SIM102 - one is known when compiling
-                if k % SEGMENT == 0:
-                    keep(starts, h)
-                    starts += tl.num_programs(0) * KEPT
             # All at once: a wait for one load is a wait for those asked for after it, too.
             ahead = ()
             for i in tl.static_range(CHUNK):
@@ -119,6 +120,16 @@ def forward_kernel(
                 ahead = ahead + (load_frame(u, dt, z, BC, t, u_t, dt_t, z_t, words, N, PACKED),)
             t_own = position(k + CHUNK + own, length, origin, sign)
             extra_ahead = load_extra(u, dt, z, extra, t_own, u_t, dt_t, z_t)
+            if k % SEGMENT == 0:
+                if starts is not None:
+                    keep(starts, h)
+                    starts += tl.num_programs(0) * KEPT
+                next = position(k + SEGMENT + tl.arange(0, LANES), length, origin, sign)
+                prefetch_rows(u, next, u_t, from_block, to_end, WIDTH)
+                prefetch_rows(dt, next, dt_t, from_block, to_end, WIDTH)
+                if z is not None:
+                    prefetch_rows(z, next, z_t, from_block, to_end, WIDTH)
+                prefetch_rows(BC, next, words, 0, WORDS - 1, WORDS)
             own_valid = k + own < length
             extra_step, _slopes, extra_dt_u = extra_steps(
                 extra_rows, extra_bias, own_valid, SOFTPLUS

@@ -31,17 +31,25 @@ from modules.ops.selective_scan.triton_layout import (
     zeros,
 )
 
+AT_ONCE = tl.constexpr(4)  # blocks whose shares are on their way together
 
-@triton.jit(do_not_specialize=["blocks", "numbers"])
-def sum_blocks_kernel(shares, dB, dC, blocks, numbers, N: tl.constexpr, TILE: tl.constexpr):
-    """shares (scans, blocks, T, 2 N) -> dB, dC (scans, T, N), block after block; numbers: T 2 N."""
+
+@triton.jit(do_not_specialize=["blocks", "frames"])
+def sum_blocks_kernel(shares, dB, dC, blocks, frames, N: tl.constexpr, TILE: tl.constexpr):
+    """shares (scans, blocks, T, 2 N) -> dB, dC (scans, T, N), block after block."""
+    numbers = frames * (2 * N)
     scan = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     shares += scan * blocks * numbers + i
     sum = tl.zeros([TILE], tl.float32)
-    for _ in range(0, blocks):
-        sum += tl.load(shares, mask=i < numbers, other=0.0)
-        shares += numbers
+    for first in range(0, blocks, AT_ONCE):
+        loaded = ()
+        for k in tl.static_range(AT_ONCE):
+            there = (i < numbers) & (first + k < blocks)
+            loaded = loaded + (tl.load(shares + k * numbers, mask=there, other=0.0),)
+        for k in tl.static_range(AT_ONCE):
+            sum += loaded[k]
+        shares += AT_ONCE * numbers
     n = i % (2 * N)
     to = scan * (numbers // 2) + (i // (2 * N)) * N + n % N
     tl.store(dB + to, sum.to(dB.dtype.element_ty), mask=(i < numbers) & (n < N))
