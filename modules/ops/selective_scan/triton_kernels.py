@@ -113,23 +113,25 @@ def forward_kernel(
         t_own = position(own, length, origin, sign)
         extra_rows = load_extra(u, dt, z, extra, t_own, u_t, dt_t, z_t)
         for k in range(0, length, CHUNK):
-            # All at once: a wait for one load is a wait for those asked for after it, too.
             ahead = ()
             for i in tl.static_range(CHUNK):
                 t = position(k + CHUNK + i, length, origin, sign)
                 ahead = ahead + (load_frame(u, dt, z, BC, t, u_t, dt_t, z_t, words, N, PACKED),)
             t_own = position(k + CHUNK + own, length, origin, sign)
             extra_ahead = load_extra(u, dt, z, extra, t_own, u_t, dt_t, z_t)
+            # A branch, for the assembler moves nothing across it: what follows shares no scoreboard
+            # with these loads, and waits for none of them.
             if k % SEGMENT == 0:
                 if starts is not None:
                     keep(starts, h)
                     starts += tl.num_programs(0) * KEPT
-                next = position(k + SEGMENT + tl.arange(0, LANES), length, origin, sign)
-                prefetch_rows(u, next, u_t, from_block, to_end, WIDTH)
-                prefetch_rows(dt, next, dt_t, from_block, to_end, WIDTH)
-                if z is not None:
-                    prefetch_rows(z, next, z_t, from_block, to_end, WIDTH)
-                prefetch_rows(BC, next, words, 0, WORDS - 1, WORDS)
+                if starts is None or EXTRA > 0:
+                    next = position(k + SEGMENT + tl.arange(0, LANES), length, origin, sign)
+                    prefetch_rows(u, next, u_t, from_block, to_end, WIDTH)
+                    prefetch_rows(dt, next, dt_t, from_block, to_end, WIDTH)
+                    if z is not None:
+                        prefetch_rows(z, next, z_t, from_block, to_end, WIDTH)
+                    prefetch_rows(BC, next, words, 0, WORDS - 1, WORDS)
             own_valid = k + own < length
             extra_step, _slopes, extra_dt_u = extra_steps(
                 extra_rows, extra_bias, own_valid, SOFTPLUS
