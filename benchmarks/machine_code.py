@@ -15,6 +15,7 @@ line is everything as JSON.
 
 import argparse
 import collections
+import itertools
 import re
 import subprocess
 import sys
@@ -163,21 +164,30 @@ def leaf(*shape, dtype=torch.float32):
     return torch.zeros(*shape, dtype=dtype).requires_grad_()
 
 
-def scan(both, batch, channels, frames, states=16, dtype=torch.bfloat16):
-    """The scan in one direction, or both in one launch, and its gradient."""
+def scan(both, batch, channels, frames, states=16, dtype=torch.bfloat16, padded=True, learns=True):
+    """The scan in one direction, or both in one launch: -> y, with what a gradient of it asks for.
+
+    padded: it is given lengths; learns: it keeps states for a backward pass.
+    """
     from modules.ops.selective_scan import triton as backend
 
-    lengths = torch.full((batch,), frames)
+    lengths = torch.full((batch,), frames) if padded else None
     one = (2,) if both else ()
     u, dt = (leaf(*one, batch, frames, channels, dtype=dtype) for _ in range(2))
     B, C = (leaf(*one, batch, frames, states, dtype=dtype) for _ in range(2))
     A, D, bias = leaf(*one, channels, states), leaf(*one, channels), leaf(*one, channels)
-    if both:
-        y = backend.bidirectional_scan(u, dt, A, B, C, D, bias, True, lengths)
-    else:
+    with torch.set_grad_enabled(learns):
+        if both:
+            return backend.bidirectional_scan(u, dt, A, B, C, D, bias, True, lengths)
         options = (None, bias, True, lengths, False, None, False)
-        y, _ = backend.selective_scan(u, dt, A, B, C, D, *options)
-    y.sum().backward()
+        return backend.selective_scan(u, dt, A, B, C, D, *options)[0]
+
+
+def forwards():
+    """The scan's forward as each of its programs: both extents, padded or not, learning or not."""
+    for batch, channels in ((32, 1024), (64, 288)):
+        for padded, learns in itertools.product((True, False), repeat=2):
+            scan(False, batch, channels, 400, padded=padded, learns=learns)
 
 
 def convolution(batch, channels, frames, width=4, dtype=torch.bfloat16):
@@ -201,10 +211,11 @@ def paths(batch, frames, labels):
 
 
 CALLS = {
-    "scan": lambda: scan(False, 32, 1024, 400),
-    "both": lambda: scan(True, 32, 1024, 400),
-    "narrow": lambda: scan(True, 32, 288, 400),
-    "hour": lambda: scan(False, 1, 1024, 45000),
+    "scan": lambda: scan(False, 32, 1024, 400).sum().backward(),
+    "both": lambda: scan(True, 32, 1024, 400).sum().backward(),
+    "narrow": lambda: scan(True, 32, 288, 400).sum().backward(),
+    "hour": lambda: scan(False, 1, 1024, 45000).sum().backward(),
+    "forwards": forwards,
     "conv": lambda: convolution(32, 1024, 400),
     "ctc": lambda: paths(32, 400, 60),
 }
@@ -216,8 +227,8 @@ def parse():
     )
     parser.add_argument(
         "--calls", nargs="+", choices=CALLS, default=list(CALLS),
-        help="the scan in one direction, in both, in both of ConMamba-S, of an hour in pieces; "
-        "convolution; CTC's paths",
+        help="the scan in one direction, in both, in both of ConMamba-S, of an hour in pieces; its "
+        "forward, with what it is given and keeps and without; convolution; CTC's paths",
     )  # fmt: skip
     parser.add_argument("--latency", type=int, default=280, help="cycles until memory answers")
     parser.add_argument("--waits", type=int, default=3, help="how many waits to name a loop")

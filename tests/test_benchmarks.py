@@ -68,6 +68,16 @@ def test_machine_code():
         assert 4 * row["instructions"] <= four
 
 
+def test_the_scan_waits_for_no_load():
+    """Nothing in its forward's loops does, though memory be slow: see docs/kernels.md."""
+    pytest.importorskip("triton")
+    cycles = []
+    for latency in (30, 600):
+        printed, _ = run("machine_code.py", "--calls=forwards", f"--latency={latency}")
+        cycles.append([row["cycles"] for row in report_of(printed, "machine_code")["rows"]])
+    assert len(cycles[0]) == 8 and cycles[0] == cycles[1]
+
+
 def test_what_a_loop_waits_for():
     """A result's latency is hidden by other warps; a unit's rate by nothing."""
     machine_code = pytest.importorskip("benchmarks.machine_code")

@@ -75,8 +75,8 @@ def compile_kernel(kernel, dtype, constants, warps, registers=None, **pointers):
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        # Triton's choice, for whose version it wrote the code.
-        command = [package.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+        ptxas = package.knobs.nvidia.ptxas.path  # Triton's choice, for whose version it writes
+        command = [ptxas, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
         done = subprocess.run(command, capture_output=True, text=True)
         report = done.stdout + done.stderr
         assert done.returncode == 0, report
