@@ -39,6 +39,27 @@ def prefetch_rows(p, t, stride, start, end, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def prefetch_frames(
+    u, dt, z, dy, BC, t, u_t, dt_t, z_t, dy_t, words, block, d_read, channels,
+    N: tl.constexpr, PACKED: tl.constexpr, EXTRA: tl.constexpr,
+):  # fmt: skip
+    """What a block of channels reads of frames t (LANES,); z and dy may be None.
+
+    The pointers are the lanes' own, at their channels d_read.
+    """
+    WIDTH: tl.constexpr = LANES + 8 * EXTRA
+    WORDS: tl.constexpr = N if PACKED else 2 * N
+    start, end = block * WIDTH - d_read, channels - 1 - d_read
+    prefetch_rows(u, t, u_t, start, end, WIDTH)
+    prefetch_rows(dt, t, dt_t, start, end, WIDTH)
+    if dy is not None:
+        prefetch_rows(dy, t, dy_t, start, end, WIDTH)
+    if z is not None:
+        prefetch_rows(z, t, z_t, start, end, WIDTH)
+    prefetch_rows(BC, t, words, 0, WORDS - 1, WORDS)
+
+
+@triton.jit
 def prefetch_states(p, KEPT: tl.constexpr):
     """So many states, as `triton_layout.keep` puts them."""
     lane = tl.arange(0, LANES)

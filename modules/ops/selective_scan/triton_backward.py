@@ -10,7 +10,7 @@ forward once more, its states kept in registers, and then backward.
 import triton
 import triton.language as tl
 
-from modules.ops.selective_scan.triton_ahead import prefetch_rows, prefetch_states
+from modules.ops.selective_scan.triton_ahead import prefetch_frames, prefetch_states
 from modules.ops.selective_scan.triton_extra import (
     extra_channels,
     extra_gradients,
@@ -113,9 +113,6 @@ def backward_kernel(
     starts += (piece * tl.cdiv(piece_frames, SEGMENT) * blocks + block) * KEPT
 
     tl.static_assert(SEGMENT == LANES)  # a lane asks for a frame of the next segment
-    WIDTH: tl.constexpr = LANES + 8 * EXTRA
-    WORDS: tl.constexpr = N if PACKED else 2 * N
-    from_block, to_end = block * WIDTH - d_read, channels - 1 - d_read
 
     segments = tl.cdiv(length, SEGMENT)
     for s in range(0, segments):
@@ -124,12 +121,10 @@ def backward_kernel(
         if EXTRA > 0:  # two warps a scheduler hide each other's waits, and the requests cost time
             next = position(first - SEGMENT + tl.arange(0, LANES), length, origin, sign)
             prefetch_states(starts + tl.maximum(segments - 2 - s, 0) * blocks * KEPT, KEPT)
-            prefetch_rows(u, next, u_t, from_block, to_end, WIDTH)
-            prefetch_rows(dt, next, dt_t, from_block, to_end, WIDTH)
-            prefetch_rows(dy, next, dy_t, from_block, to_end, WIDTH)
-            if z is not None:
-                prefetch_rows(z, next, z_t, from_block, to_end, WIDTH)
-            prefetch_rows(BC, next, words, 0, WORDS - 1, WORDS)
+            prefetch_frames(
+                u, dt, z, dy, BC, next, u_t, dt_t, z_t, dy_t, words, block, d_read, channels,
+                N, PACKED, EXTRA,
+            )  # fmt: skip
 
         # Forward to the last chunk.
         h = fetch(starts + (segments - 1 - s) * blocks * KEPT, EXTRA, N)

@@ -18,7 +18,7 @@ multiplied by log2(e), so that exp(dt A) is one exp2.
 import triton
 import triton.language as tl
 
-from modules.ops.selective_scan.triton_ahead import prefetch_rows
+from modules.ops.selective_scan.triton_ahead import prefetch_frames
 from modules.ops.selective_scan.triton_extra import (
     extra_channels,
     extra_parameters,
@@ -101,9 +101,6 @@ def forward_kernel(
         starts += (piece * tl.cdiv(piece_frames, SEGMENT) * tl.num_programs(0) + block) * KEPT
     steps = tl.zeros([LANES], tl.float32)
     tl.static_assert(SEGMENT == LANES)  # a lane asks for a frame of the next segment
-    WIDTH: tl.constexpr = LANES + 8 * EXTRA
-    WORDS: tl.constexpr = N if PACKED else 2 * N
-    from_block, to_end = block * WIDTH - d_read, channels - 1 - d_read
 
     if length > 0:
         rows = ()
@@ -127,11 +124,10 @@ def forward_kernel(
                     starts += tl.num_programs(0) * KEPT
                 if starts is None or EXTRA > 0:
                     next = position(k + SEGMENT + tl.arange(0, LANES), length, origin, sign)
-                    prefetch_rows(u, next, u_t, from_block, to_end, WIDTH)
-                    prefetch_rows(dt, next, dt_t, from_block, to_end, WIDTH)
-                    if z is not None:
-                        prefetch_rows(z, next, z_t, from_block, to_end, WIDTH)
-                    prefetch_rows(BC, next, words, 0, WORDS - 1, WORDS)
+                    prefetch_frames(
+                        u, dt, z, None, BC, next, u_t, dt_t, z_t, 0, words, block, d_read, channels,
+                        N, PACKED, EXTRA,
+                    )  # fmt: skip
             own_valid = k + own < length
             extra_step, _slopes, extra_dt_u = extra_steps(
                 extra_rows, extra_bias, own_valid, SOFTPLUS
