@@ -159,14 +159,25 @@ def check_save(path):
 
 
 def split_names(splits, hparams):
-    """The splits to search on; UserError for a test set."""
-    names = splits.split(",") if splits else hparams.dev_splits
+    """The splits to search on; UserError for one that is not there, or is no development set."""
+    names = hparams.dev_splits if splits is None else [x.strip() for x in splits.split(",")]
     for name in names:
+        manifest = Path(hparams.output_folder, f"{name}.csv")
+        if name == "train" or name in hparams.train_splits:
+            raise UserError(
+                f"--splits {name} is what the run learnt from, which it knows too well to choose "
+                f"weights on; use {', '.join(hparams.dev_splits)}"
+            )
         test = name in hparams.test_splits and name not in hparams.dev_splits
         if test or name.startswith("test"):
             raise UserError(
                 f"--splits {name} is a test set: weights chosen on it make its error rate mean "
                 f"nothing; use {', '.join(hparams.dev_splits)}"
+            )
+        if not name or not manifest.is_file():
+            raise UserError(
+                f"--splits {splits}: the run has no {manifest}; use a split that it was trained "
+                f"with, {', '.join(hparams.dev_splits)}"
             )
     return names
 

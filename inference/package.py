@@ -8,8 +8,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import torch
-
 from inference.card import model_card
 from inference.files import NGRAM
 from inference.recognizer import Recognizer
@@ -20,6 +18,12 @@ from inference.windows import SHORTEST
 from modules.checkpoints import average, best, list_checkpoints, newest, resumable
 from modules.errors import UserError
 from modules.language_model import read_description
+from modules.tensors import save_tensors
+
+# All that a package may hold; the last two come with its use.
+FILES = {"model.ckpt", "normalizer.ckpt", "tokenizer.ckpt", "lm.ckpt", NGRAM, "config.json"}
+FILES |= {"hyperparams.yaml", "interface.py", "src", "LICENSE", "README.md"}
+FILES |= {"__pycache__", ".DS_Store"}
 
 
 def package(run, output, overwrite=False, use_lm=True):
@@ -70,13 +74,28 @@ def check_run(run):
 
 
 def check_output(output, overwrite):
-    """UserError when the output exists, unless it is a package that may go."""
+    """UserError when the output exists, unless it is a package that may go, and nothing else."""
     if not output.exists():
         return
     if not overwrite:
         raise UserError(f"{output} exists; give --overwrite, or another --output")
-    if not (output / "config.json").is_file():
+    if not is_package(output):
         raise UserError(f"{output} is no package, so it is not overwritten; give another --output")
+    if others := sorted(p.name for p in output.iterdir() if p.name not in FILES):
+        raise UserError(
+            f"{output} holds {', '.join(others[:5])}, which no package has and --overwrite would "
+            "delete; move it elsewhere, or give another --output"
+        )
+
+
+def is_package(folder):
+    """Whether a folder holds one, of whatever format; others have a config.json too."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    ours = isinstance(config, dict) and {"format", "parts"} <= config.keys()
+    return ours and (folder / "model.ckpt").is_file()
 
 
 def heard_lengths(run, resolved):
@@ -122,7 +141,7 @@ def checkpoints(run, resolved):
 
 def write(folder, run, resolved, config, found):
     """Fill a folder: weights, statistics, tokenizer, configuration, code."""
-    torch.save(weights_of(resolved, config, found), folder / "model.ckpt")
+    save_tensors(weights_of(resolved, config, found), folder / "model.ckpt")
     shutil.copyfile(newest(found).paramfiles["normalizer"], folder / "normalizer.ckpt")
     save = newest(found).path.parent
     if "Subword" in config["parts"]["tokenizer"]["new"]:

@@ -12,12 +12,10 @@ from speechbrain.utils.distributed import main_process_only
 
 from modules.digests import SUMS, damage, seal, sync
 from modules.errors import UserError
-from modules.tensors import load_tensors, no_code
+from modules.tensors import load_tensors, no_code, unwritten
 
 logger = logging.getLogger(__name__)
 
-# PyTorch's writer does not say "no space left", but in these ways that it could not write.
-WRITER = ("inline_container", "PytorchStreamWriter", "iostream error")
 PARTIAL = "partial+"  # begins the names of folders that are being written or deleted
 
 
@@ -52,7 +50,7 @@ class Checkpointer(checkpoints.Checkpointer):
             sync(self.checkpoints_dir)
         except (OSError, RuntimeError) as error:
             self.sweep()
-            if isinstance(error, RuntimeError) and not any(s in str(error) for s in WRITER):
+            if isinstance(error, RuntimeError) and not unwritten(error):
                 raise
             last = newest(self.whole())
             return None, (

@@ -4,12 +4,36 @@ import contextlib
 import os
 import pickle
 import re
+import shutil
 
 import torch
 
 from modules.errors import UserError
+from modules.whole import whole
 
 FORCED = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+# PyTorch's writer does not say "no space left", but in these ways that it could not write.
+WRITER = ("inline_container", "PytorchStreamWriter", "iostream error")
+
+
+def save_tensors(tensors, path):
+    """Write them to a file, whole or not at all; UserError where the disk does not take them."""
+    try:
+        with whole(path) as beside:
+            torch.save(tensors, beside)
+    except RuntimeError as error:
+        if not unwritten(error):
+            raise
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+        raise UserError(
+            f"{path} could not be written; {free / 1e6:,.0f} MB are free there. Make room (look at "
+            "quotas too), or write elsewhere"
+        ) from None
+
+
+def unwritten(error):
+    """Whether torch.save's RuntimeError says that a file could not be written."""
+    return any(words in str(error) for words in WRITER)
 
 
 def load_tensors(path, **options):
@@ -20,7 +44,9 @@ def load_tensors(path, **options):
     try:
         with no_code(path):
             return torch.load(path, map_location="cpu", weights_only=True, **options)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # a file of any bytes may fail in any way
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
             f"{path} ({os.path.getsize(path)} bytes) is damaged: {reason}; copy it again"

@@ -15,9 +15,8 @@ from modules.data import load_manifest
 from modules.errors import UserError
 from modules.language_model import check_units, load_language_model
 from modules.search import CTCSearch
-from modules.tensors import load_tensors
+from modules.tensors import load_tensors, save_tensors
 from modules.waveforms import Batch, Unread, read_audio
-from modules.whole import whole
 
 # ---- Encoding, once ----
 
@@ -79,8 +78,7 @@ def encode(rows, brain, found):
 
 def save(found, path):
     """Write what was encoded, whole or not at all."""
-    with whole(path) as beside, open(beside, "wb") as file:
-        torch.save(found, file)
+    save_tensors(found, path)
 
 
 def read_encoded(path, brain):

@@ -8,10 +8,18 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole(path):
-    """A path beside `path` to write to, which takes its place when the block ends well."""
+    """A path beside `path` to write to, which takes its place when the block ends well.
+
+    A file there goes when it does not.
+    """
     beside = Path(f"{path}.partial")
-    yield beside
-    os.replace(beside, path)
+    try:
+        yield beside
+        os.replace(beside, path)
+    except BaseException:
+        if beside.is_file():
+            beside.unlink()
+        raise
 
 
 @contextlib.contextmanager

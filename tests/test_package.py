@@ -213,9 +213,14 @@ def test_the_command_line(ctc, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, run, "--output", target)
     assert "give --overwrite" in capsys.readouterr().err
-    (target / "leftover").touch()
+    (target / "model.onnx").touch()
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, run, "--output", target, "--overwrite")
+    assert "holds model.onnx, which no package has" in capsys.readouterr().err
+    (target / "model.onnx").unlink()
+    (target / "lm.ckpt").touch()  # of a package of an S2S model
     call(monkeypatch, run, "--output", target, "--overwrite")
-    assert not (target / "leftover").exists()
+    assert not (target / "lm.ckpt").exists()
     assert [p.name for p in target.parent.iterdir()] == ["package"]
     with pytest.raises(SystemExit, match="0"):
         call(monkeypatch, "--help")
@@ -241,7 +246,13 @@ def test_nothing_is_written_when_packaging_fails(ctc, s2s, tmp_path):
         package(moved, target)
     with pytest.raises(UserError, match="is no package, so it is not overwritten"):
         package(run, moved, overwrite=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["moved", "untrained"]
+    # Many an application has a config.json.
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"name": "my-app"}')
+    with pytest.raises(UserError, match="is no package, so it is not overwritten"):
+        package(run, other, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["moved", "other", "untrained"]
 
 
 def test_a_foreign_class_in_the_recipe_is_refused(ctc, tmp_path):

@@ -10,7 +10,7 @@ def test_a_file_keeps_its_content_until_the_new_one_is_whole(tmp_path):
     with pytest.raises(OSError), whole(tmp_path / "a") as beside:
         beside.write_text("ne")
         raise OSError("no space")
-    assert (tmp_path / "a").read_text() == "old"
+    assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
     with whole(tmp_path / "a") as beside:
         beside.write_text("new")
     assert (tmp_path / "a").read_text() == "new" and len(list(tmp_path.iterdir())) == 1

@@ -9,8 +9,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from modules.lengths import absolute
 from modules.lm.data import eval_loader_options
+from modules.tensors import save_tensors
 from modules.training import TrainingBrain
-from modules.whole import whole
 
 
 class LMBrain(TrainingBrain):
@@ -106,5 +106,4 @@ class LMBrain(TrainingBrain):
     def write_weights(self, path):
         """The weights that are evaluated, for the searches of recognisers."""
         if if_main_process():
-            with whole(path) as beside:
-                torch.save(self.hparams.model.state_dict(), beside)
+            save_tensors(self.hparams.model.state_dict(), path)

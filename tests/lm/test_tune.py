@@ -114,8 +114,10 @@ def test_utterances_are_evenly_spread():
         (["RUN", "--lm", "ARPA", "--splits", "test-a"], "test-a is a test set"),
         (
             ["RUN", "--lm", "ARPA", "--splits", "elsewhere"],
-            "the manifest .*elsewhere.csv is missing",
+            "the run has no .*elsewhere.csv",
         ),
+        (["RUN", "--lm", "ARPA", "--splits", ""], "the run has no"),
+        (["RUN", "--lm", "ARPA", "--splits", "dev, train"], "train is what the run learnt from"),
         (["RUN", "--lm", "."], "this run searches with a word n-gram"),
         (["RUN", "--lm", "ARPA", "--ctc_weight_decode", "0.3"], "no meaning for a CTC run"),
         (["RUN", "--lm", "ARPA", "--token_prune_min_logp", "4"], "logp 4 is the logarithm of a"),
