@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from inference.formats import FORMATS
-from inference.jobs import STDIN, find, jobs_of, write
+from inference.jobs import ESCAPED, STDIN, find, jobs_of, write
 from inference.listener import check_batch_size
 from inference.windows import limits
 from modules.command import argument_parser, number, plain_errors
@@ -96,6 +96,8 @@ def add_model_options(p):
 
 def main():
     arguments = parser().parse_args()
+    if hasattr(sys.stdout, "reconfigure"):  # a name that it cannot show stops no batch
+        sys.stdout.reconfigure(errors=ESCAPED)
     with (
         plain_errors("interrupted; what is written is whole", "what is written is whole"),
         tempfile.TemporaryDirectory(prefix="transcribe-") as scratch,
@@ -110,6 +112,8 @@ def run(arguments, stdin):
     limits(arguments.chunk_seconds)
     if arguments.word_timestamps and arguments.format == "txt":
         raise UserError("--word-timestamps: txt has no times; give --format json, srt, vtt or tsv")
+    if STDIN in arguments.inputs and sys.stdin is None:
+        raise UserError("-: stdin is closed; pipe a recording into it, or give a file's path")
     found = find(arguments.inputs, stdin)
     jobs = jobs_of(found, arguments.output_dir, arguments.format, arguments.overwrite)
     if len(jobs) > 1 and not arguments.output_dir and arguments.format not in ("txt", "json"):

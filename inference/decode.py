@@ -3,6 +3,7 @@
 A file that ends before its sound does is an error, not a shorter recording.
 """
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def open_file(path):
     if not path.stat().st_size:
         raise UserError(f"{path} is empty, 0 bytes; give a recording")
     try:
-        with sf.SoundFile(path) as file:
+        with opened(path) as file:
             check_form(path, file.samplerate, file.channels)
             rate, frames = file.samplerate, file.frames
         why = cut_off(path, frames)
@@ -63,6 +64,11 @@ def open_file(path):
     return open_container(path)
 
 
+def opened(path):
+    """By soundfile, which encodes a str strictly: a name on Linux is bytes, of any encoding."""
+    return sf.SoundFile(str(path) if os.name == "nt" else os.fsencode(path))
+
+
 def check_form(path, rate, channels):
     """UserError for what would take memory without end."""
     if rate not in RATES or not 0 < channels <= CHANNELS:
@@ -81,7 +87,7 @@ def ends_early(path, why):
 
 def soundfile_blocks(path):
     try:
-        with sf.SoundFile(path) as file:
+        with opened(path) as file:
             size, left = min(file.samplerate, BLOCK // file.channels), file.frames
             while len(block := file.read(size, dtype="float32", always_2d=True)):
                 left -= len(block)
@@ -166,5 +172,6 @@ def mono(frame):
 
 
 def reason_of(error):
-    lines = str(getattr(error, "strerror", None) or error).splitlines()
+    reason = getattr(error, "error_string", None)  # of libsndfile, without the path
+    lines = str(reason or getattr(error, "strerror", None) or error).splitlines()
     return lines[0] if lines else type(error).__name__

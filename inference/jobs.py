@@ -1,5 +1,6 @@
 """What a command line names -> recordings, and the file that each transcript goes to."""
 
+import codecs
 import glob
 import os
 import tempfile
@@ -11,6 +12,7 @@ from modules.errors import UserError
 from modules.folders import files_below
 
 STDIN = "-"
+ESCAPED = "mamba_asr.escaped"  # how `escaped` is known to codecs
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,25 @@ def jobs_of(found, folder, suffix, overwrite):
 def write(text, output):
     """Write a file at once: beside its place, then renamed."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
+    # Without the output's name, which may be as long as names can be.
+    handle, beside = tempfile.mkstemp(prefix=".transcript-", dir=output.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors=ESCAPED, newline="\n") as file:
             file.write(text)
         os.chmod(beside, 0o666 & ~umask())
         os.replace(beside, output)
     except BaseException:
         os.unlink(beside)
         raise
+
+
+def escaped(error):
+    """For codecs: what an encoding lacks, stray bytes of a file's name too, as JSON escapes it."""
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    return "\\u" + units.hex("|", 2).replace("|", "\\u"), error.end
+
+
+codecs.register_error(ESCAPED, escaped)
 
 
 def umask():

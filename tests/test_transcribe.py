@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import sys
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import transcribe as script
 from inference import Recognizer
 from inference.audio import Recording
+from inference.jobs import ESCAPED
 from modules.errors import UserError
 from tests.recipes import runs
 from tests.recipes.packages import (
@@ -228,6 +230,53 @@ def test_files_are_written_whole(form, ctc, folder, tmp_path, monkeypatch, capsy
     assert runs.files_of(target) == before
 
 
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+NAMES = [b"bad\xff.wav", "\u0437\u0432\u0443\u043a.wav".encode()]  # no UTF-8; Cyrillic
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+@pytest.mark.parametrize("locale", [{"PYTHONUTF8": "1"}, ASCII], ids=["utf8", "ascii"])
+def test_names_are_bytes(locale, ctc, tmp_path):
+    for name, text in zip(NAMES, SENTENCES, strict=False):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            sf.write(file, said(text), RATE, format="WAV")
+    command = [sys.executable, "transcribe.py", str(tmp_path), "--model", str(ctc)]
+    command += ["--batch-size", "1"]
+    wanted = {os.fsencode(tmp_path) + b"/" + n: t for n, t in zip(NAMES, SENTENCES, strict=False)}
+    strict = {**locale, "PYTHONIOENCODING": ":strict"}
+
+    done = runs.run(command, **strict)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("\t")[1] for line in done.stdout.splitlines()] == SENTENCES[:2]
+
+    done = runs.run([*command, "--format", "json"], **strict)
+    assert done.returncode == 0, done.stderr
+    heard = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {os.fsencode(h["file"]): h["text"] for h in heard} == wanted
+
+    out = tmp_path / "out"
+    done = runs.run([*command, "--format", "json", "--output-dir", str(out)], **strict)
+    assert done.returncode == 0, done.stderr
+    heard = [json.loads(path.read_text(encoding="utf-8")) for path in out.iterdir()]
+    assert {os.fsencode(h["file"]): h["text"] for h in heard} == wanted
+
+
+def test_what_an_encoding_lacks_is_json():
+    text = "a\xe9\u0437\U0001f600\udcff"
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        written = json.dumps(text, ensure_ascii=False).encode(encoding, ESCAPED)
+        assert json.loads(written.decode(encoding)) == text
+
+
+def test_a_name_as_long_as_names_can_be(ctc, folder, tmp_path, monkeypatch, capsys):
+    recording = folder / ("n" * 245 + ".wav")
+    (folder / "a.wav").rename(recording)
+    options = ["--model", ctc, "--output-dir", tmp_path / "out"]
+    call(monkeypatch, capsys, recording, *options)
+    (written,) = (tmp_path / "out").iterdir()
+    assert (written.name, written.read_text()) == ("n" * 245 + ".txt", SENTENCES[0] + "\n")
+
+
 def test_nothing_is_left_of_a_file_that_fails(ctc, folder, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -270,6 +319,13 @@ def test_mistakes_are_told_before_work(ctc, s2s, folder, tmp_path, monkeypatch, 
         assert message in shown.err and "Traceback" not in shown.err
         assert shown.out == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_stdin_that_is_closed(ctc):
+    command = f"exec {sys.executable} transcribe.py - --model {ctc} <&-"
+    done = runs.run(["bash", "-c", command])
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: -: stdin is closed;") and done.stderr.count("\n") == 1
 
 
 def test_the_beam_is_the_searchs(ctc, s2s):
