@@ -34,8 +34,8 @@ in seconds, "words" with times and confidences. stderr has the latency at the en
 
 Ctrl-C ends the stream: what was heard is made final, and the latency told.
 
-exit status: 0 done; 1 the stream broke off, what came before is written; 2 nothing was begun;
-130 a file or stdin was interrupted.
+exit status: 0 done; 1 the stream broke off, what came before is written, or held no sample;
+2 nothing was begun; 130 a file or stdin was interrupted.
 """
 
 
@@ -164,6 +164,9 @@ def run(options):
             for packet in block.split(stream.chunk):  # at most one chunk each
                 duration += len(packet) / stream.sample_rate
                 hear(stream, packet, writer, latency)
+        if not duration:
+            name = "stdin" if options.input == "-" else options.input
+            raise UserError(f"{name} holds no samples; give audio that is not empty")
     except KeyboardInterrupt:
         status = 0 if options.microphone else 130
     except UserError as error:
@@ -189,6 +192,8 @@ def check(options):
         raise UserError("--rate: a file tells its own rate; leave it out")
     if options.microphone_name is not None and not options.microphone:
         raise UserError("--input chooses a microphone; give --microphone too")
+    if options.input == "-" and sys.stdin is None:
+        raise UserError("-: stdin is closed; pipe raw PCM into it, or give a file's path")
     if options.rate is not None:
         sources.check_rate(options.rate)
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from inference.audio import open_audio, resampled
+from modules.cut_off import frame_length
 from modules.errors import UserError
 
 PACKET = 0.05  # s of a file or the microphone at a time, and of what is resampled at once
-CONTAINERS = (b"RIFF", b"fLaC", b"OggS", b"FORM", b"ID3")  # the first bytes of what is no raw PCM
+# What is no raw PCM: its first bytes, of EBML those of webm and mkv.
+CONTAINERS = (b"RIFF", b"RF64", b"FORM", b"fLaC", b"OggS", b"ID3", b"caff", b"\x1aE\xdf\xa3")
+START = 1500  # bytes that tell a container: the longest mp3 frame has 1441, then the next begins
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,30 @@ def pcm(stream, rate):
     """Raw mono PCM, 16 bit little-endian, from an open binary file that gives what it has."""
 
     def blocks():
-        left = b""
-        while data := stream.read1(8192):
-            if not left and data.startswith(CONTAINERS):
-                raise UserError("stdin is no raw PCM but a file; give its path instead of -")
-            data = left + data
-            left = data[len(data) // 2 * 2 :]
-            whole = bytearray(data[: len(data) // 2 * 2])
-            if whole:
+        data = b""
+        while len(data) < START and (more := stream.read1(START - len(data))):
+            data += more
+        if contained(data):
+            raise UserError("stdin is no raw PCM but a file; give its path instead of -")
+        while data:
+            even = len(data) // 2 * 2
+            if even:
+                whole = bytearray(data[:even])
                 yield torch.frombuffer(whole, dtype=torch.int16).float() / 2**15
+            more = stream.read1(8192)
+            data = data[even:] + more if more else b""
 
     return Source(check_rate(rate), blocks)
+
+
+def contained(start):
+    """Whether a stream that starts so is an audio file."""
+    if start.startswith(CONTAINERS) or start[4:8] == b"ftyp":
+        return True
+    # An mp3 frame's header alone may be samples; a second one of its kind where it ends is not.
+    _, length = frame_length(start[:4]) or (0, 0)
+    second = start[length : length + 4]
+    return length > 0 and start[:2] == second[:2] and frame_length(second) is not None
 
 
 def microphone(rate, device=None, warn=print):

@@ -18,6 +18,7 @@ import stream as script
 from inference import sources
 from inference.audio import resampled
 from inference.transcript import Final, Partial
+from modules.errors import UserError
 from tests.recipes import runs
 from tests.recipes.causal import causal_package, speech
 from tests.recipes.packages import RATE, SENTENCES, said
@@ -289,6 +290,81 @@ def test_a_file_on_stdin_is_no_raw_pcm(causal, recording, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", stdin)
     shown = call(monkeypatch, capsys, "-", "--model", causal, status=1)
     assert "stdin is no raw PCM" in shown.err and shown.out == ""
+
+
+class Trickle(io.BytesIO):
+    """Gives a byte, then two, and so on: a pipe whose writer is slow."""
+
+    given = 0
+
+    def read1(self, size=-1):
+        self.given += 1
+        return self.read(min(size, self.given))
+
+
+@pytest.mark.parametrize("rate", [RATE, 24000, 32000, 44100])
+def test_an_mp3_without_a_tag_is_no_raw_pcm(rate, tmp_path):
+    x = np.random.default_rng(0).normal(0, 0.1, rate)
+    sf.write(tmp_path / "a.mp3", x, rate)
+    data = (tmp_path / "a.mp3").read_bytes()
+    assert data[0] == 0xFF and data[1] in (0xF2, 0xF3, 0xFA, 0xFB)
+    refused(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "size"), [("a.mp4", "aac", 1024), ("a.webm", "libopus", 960)]
+)
+def test_what_pyav_reads_is_no_raw_pcm(name, codec, size, tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=48000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, size), np.float32), "fltp", "mono")
+        frame.rate, frame.pts = 48000, 0
+        form = stream.codec_context.format.name
+        resampler = av.AudioResampler(format=form, layout="mono", rate=48000)
+        for part in [*resampler.resample(frame), None]:
+            container.mux(stream.encode(part))
+    refused((tmp_path / name).read_bytes())
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "aiff", "caf"])
+def test_what_soundfile_reads_is_no_raw_pcm(kind, tmp_path):
+    sf.write(tmp_path / f"a.{kind}", np.zeros(RATE), RATE)
+    refused((tmp_path / f"a.{kind}").read_bytes())
+
+
+def refused(data):
+    for stream in (io.BytesIO(data), Trickle(data)):
+        with pytest.raises(UserError, match="stdin is no raw PCM"):
+            list(sources.pcm(stream, RATE).blocks())
+
+
+def test_samples_that_resemble_a_file_are_heard():
+    sound = raw(np.random.default_rng(0).normal(0, 0.1, RATE))
+    header = bytes.fromhex("fff388c4")  # of an mp3 frame, and nothing like it after that
+    for data in (header + sound, sound[:1500] + b"RIFF" + sound, sound[:8192] + b"ID3 " + sound):
+        for stream in (io.BytesIO(data), Trickle(data)):
+            heard = torch.cat(list(sources.pcm(stream, RATE).blocks()))
+            assert (heard * 2**15).short().numpy().tobytes() == data
+
+
+@pytest.mark.parametrize("content", [b"", b"\0"])
+def test_nothing_on_stdin_is_told(content, causal, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(content)))
+    shown = call(monkeypatch, capsys, "-", "--model", causal, status=1)
+    assert "error: stdin holds no samples" in shown.err and shown.out == ""
+
+
+def test_a_file_without_samples_is_told(causal, tmp_path, monkeypatch, capsys):
+    sf.write(tmp_path / "a.wav", np.zeros(0), RATE)
+    shown = call(monkeypatch, capsys, tmp_path / "a.wav", "--model", causal, status=1)
+    assert f"error: {tmp_path / 'a.wav'} holds no samples" in shown.err and shown.out == ""
+
+
+def test_stdin_that_is_closed(causal):
+    done = runs.run(["bash", "-c", f"exec {sys.executable} stream.py - --model {causal} <&-"])
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: -: stdin is closed;") and done.stderr.count("\n") == 1
 
 
 def test_help_teaches(monkeypatch, capsys):
