@@ -79,6 +79,7 @@ async def next_message(socket, service):
 
 async def close(socket, code, message):
     """Tell why, in a message and in the close frame, which is short."""
+    message = message.encode(errors="backslashreplace").decode()  # JSON may hold half a character
     try:
         await socket.send_json({"type": "error", "message": message})
         reason = message.encode()[:LONGEST_REASON].decode(errors="ignore")
@@ -94,7 +95,7 @@ class Session:
         self.socket, self.service = socket, service
         self.rate = start.get("sample_rate", service.recognizer.sample_rate)
         if type(self.rate) is not int or not 1000 <= self.rate <= 400_000:
-            raise RefusedError(400, f"sample_rate={self.rate} is no rate of speech; give 16000")
+            raise RefusedError(400, f"sample_rate={self.rate!r} is no rate of speech; give 16000")
         self.format = start.get("format", "s16le")
         if not isinstance(self.format, str) or self.format not in FORMATS:
             raise RefusedError(

@@ -13,6 +13,7 @@ from websockets.sync.client import connect
 from inference import Recognizer, StreamingRecognizer
 from inference.audio import resampled
 from inference.server.limits import Limits
+from modules.errors import UserError
 from tests.recipes import agreement
 from tests.recipes.causal import chunked_package, speech
 from tests.recipes.packages import RATE
@@ -153,7 +154,8 @@ def test_a_model_that_cannot_stream(monkeypatch):
         (['{"type": "start", "endpoint_seconds": 1%s}' % ("0" * 400)], 1007, "endpoint_seconds=1"),
         (['{"type": "start"}', "[" * 200_000], 1007, "send samples in binary messages"),
         (['{"type": "start", "sample_rate": 16}'], 1007, "sample_rate=16 is no rate of speech"),
-        (['{"type": "start", "sample_rate": "x"}'], 1007, "sample_rate=x is no rate of speech"),
+        (['{"type": "start", "sample_rate": "x"}'], 1007, "sample_rate='x' is no rate of speech"),
+        (['{"type": "start", "sample_rate": "\\ud800"}'], 1007, r"sample_rate='\ud800' is no rate"),
         (['{"type": "start", "format": "mp3"}'], 1007, "format='mp3' is unknown"),
         (['{"type": "start", "format": ["s16le"]}'], 1007, "format=['s16le'] is unknown"),
         (['{"type": "start", "endpoint_seconds": -1}'], 1007, "endpoint_seconds=-1 is no pause"),
@@ -187,6 +189,17 @@ def test_a_model_that_fails(monkeypatch):
         monkeypatch.setattr("inference.streaming_ctc.StreamingCTC.advance", advance)
         socket.send(bytes(2 * RATE))
         assert rest(socket)[1:] == (1011, "the model failed; the server's log tells how")
+
+
+def test_an_end_is_told_whatever_its_message_holds(monkeypatch):
+    def samples(*_):
+        raise UserError("half a character, \ud800")
+
+    monkeypatch.setattr("inference.server.streams.samples", samples)
+    with served() as service, opened(service.url) as socket:
+        assert start(socket)["type"] == "ready"
+        socket.send(bytes(2))
+        assert rest(socket)[1:] == (1007, r"half a character, \ud800")
 
 
 def test_places_keys_and_patience():
