@@ -73,7 +73,7 @@ def run(arguments):
     if arguments.table is None:
         raise UserError("give --table NAME, --list or --write-docs; --help has examples")
     agrees = True
-    for number, row in chosen_rows(results, arguments):
+    for number, row in with_seeds(chosen_rows(results, arguments), arguments):
         print(f"# {arguments.table}, row {number}: {row['name']}", flush=True)
         agrees &= rerun(number, row, arguments)
     return agrees
@@ -108,12 +108,31 @@ def chosen_rows(results, arguments):
     return [(number, rows[number]) for number in arguments.row or rows]
 
 
+def seeds_of(row):
+    return [run["seed"] for run in row["runs"]]
+
+
+def with_seeds(rows, arguments):
+    """Those that have all seeds of --seed; UserError for one of --row that has not, or for none."""
+    wanted, kept = set(arguments.seed or ()), []
+    for number, row in rows:
+        if missing := wanted.difference(seeds_of(row)):
+            has = ", ".join(map(str, seeds_of(row)))
+            text = f"--seed {min(missing)}: row {number} has {has}"
+            if arguments.row:
+                raise UserError(text)
+            print(f"# left out, {text}", flush=True)
+        else:
+            kept.append((number, row))
+    if not kept:
+        raise UserError(f"--seed: no row of {arguments.table} has these; --list shows which has")
+    return kept
+
+
 def rerun(number, row, arguments):
     """Run a row's seeds and say how they compare; returns whether nothing lies outside."""
-    seeds = [run["seed"] for run in row["runs"]]
+    seeds = seeds_of(row)
     chosen = arguments.seed or seeds
-    if unknown := [s for s in chosen if s not in seeds]:
-        raise UserError(f"--seed {unknown[0]}: row {number} has {', '.join(map(str, seeds))}")
     every, told = {}, []
     data, place = as_seen_here(arguments.data_folder), as_seen_here(arguments.output)
     for seed in chosen:
@@ -126,14 +145,20 @@ def rerun(number, row, arguments):
         note_commit(row, seed)
         run_commands(commands)
         every[seed] = measured(output)
-        told += compare(row, seed, every[seed])
+        told += say(compare(row, seed, every[seed]), arguments)
     if set(every) == set(seeds) and len(seeds) > 1:
-        told += compare_means(row, every)
+        told += say(compare_means(row, every), arguments)
+    return all(agrees is not False for _, agrees in told)
+
+
+def say(told, arguments):
+    """Print what was found, at once: later runs may fail. -> it, as a list"""
+    told = list(told)
     if told and arguments.more:
         print(f"with {shlex.join(arguments.more)}, which the row has not:")
     for text, _ in told:
-        print(text)
-    return all(agrees is not False for _, agrees in told)
+        print(text, flush=True)
+    return told
 
 
 def as_seen_here(path):

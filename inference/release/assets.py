@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from modules.tensors import load_tensors
 from modules.whole import whole
 
 NOTES = "RELEASE.md"
+FACTS = {"file", "bytes", "sha256", "dtype", "parameters", "wer", "texts"}  # of NAME.json
 HEAD = """# Checkpoints
 
 Small models to start from and to compare with; each card says what its model is not.
@@ -86,11 +88,25 @@ def put(built, output):
     sum_up(output)
 
 
+def models(output):
+    """What the folder's models say of themselves, {file: facts}; UserError for a foreign file."""
+    found = {}
+    for path in sorted(output.glob("*.json")):
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            there = isinstance(facts, dict) and facts.keys() >= FACTS
+        except (OSError, ValueError, RecursionError):
+            there = False
+        if not there:
+            raise UserError(f"{path} describes no released model; move it away, or copy it again")
+        found[path] = facts
+    return found
+
+
 def sum_up(output):
     """SHA256SUMS and RELEASE.md of all models in the folder."""
     table = []
-    for path in sorted(output.glob("*.json")):
-        facts = json.loads(path.read_text(encoding="utf-8"))
+    for path, facts in models(output).items():
         for test_set, rate in facts["wer"].items():
             table.append(
                 f"| [{facts['file']}]({path.stem}.md) | {facts['bytes'] / 1e6:.1f} | "
@@ -106,13 +122,18 @@ def sum_up(output):
 
 
 def check_sums(output):
-    """UserError unless every file is what SHA256SUMS says."""
+    """The names that SHA256SUMS has; UserError unless every such file is what it says."""
     path = output / SUMS
     if not path.is_file():
         raise UserError(f"{output} holds no {SUMS}; give the folder of a release's files")
-    for line in path.read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
+    names = set()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not (parts := re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)):
+            raise UserError(f"{path} has the line {line[:80]!r}, which is no digest; copy it again")
+        digest, name = parts.groups()
+        names.add(name)
         if not (output / name).is_file():
             raise UserError(f"{output / name} is missing; copy it again")
         if sha256(output / name) != digest:
             raise UserError(f"{output / name} is not what {SUMS} says; copy it again")
+    return names

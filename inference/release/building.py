@@ -6,14 +6,14 @@ import tempfile
 from pathlib import Path
 
 from inference.package import package
-from inference.release.assets import check_sums, pack, put, shorten, unpack
+from inference.release.assets import check_sums, models, pack, put, shorten, unpack
 from inference.release.hearing import heard, listen, recordings
 from inference.release.limits import limits, plural
 from inference.report.commands import command_of
 from inference.report.folder import Run
 from inference.report.rates import estimate, word_counts
 from modules.checks import check_writable
-from modules.digests import sha256
+from modules.digests import SUMS, sha256
 from modules.errors import UserError
 from modules.tensors import load_tensors
 
@@ -36,6 +36,7 @@ def build(run, name, output, data_folder=None, dtype="auto", megabytes=30, toler
     """
     run, output = Run(run), Path(output).absolute()
     check_writable("output", output)
+    models(output)  # a foreign file there is told before hours of hearing
     if run.settings.get("resume") and not notes:
         raise UserError(
             f"{run.path} began with the weights of {run.settings['resume']}: give --notes, a file "
@@ -167,9 +168,14 @@ def same_texts(found, expected, what):
 def check(output, data_folder=None, device="cpu", say=print):
     """Check a folder of release assets as downloaded: sums, and every package loads and hears."""
     output = Path(output)
-    check_sums(output)
-    for path in sorted(output.glob("*.json")):
-        facts = json.loads(path.read_text(encoding="utf-8"))
+    listed, found = check_sums(output), models(output)
+    if not found:
+        raise UserError(f"{output} holds no model's NAME.json; copy all of the release's files")
+    for path in found:
+        for name in (path.name, f"{path.stem}.md", f"{path.stem}.tar.gz"):
+            if name not in listed:
+                raise UserError(f"{output / SUMS} has no {name}; copy the file of sums again")
+    for facts in found.values():
         with tempfile.TemporaryDirectory(prefix="mamba-asr-release-") as scratch:
             package_folder = unpack(output / facts["file"], scratch)
             if data_folder is None:

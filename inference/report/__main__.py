@@ -5,6 +5,7 @@ from pathlib import Path
 
 from inference.report.folder import runs_of, same_utterances
 from inference.report.render import FORMATS, report
+from modules.checks import check_writable
 from modules.command import argument_parser, plain_errors
 from modules.errors import UserError
 
@@ -50,6 +51,8 @@ def main():
 def run(arguments):
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top} must be at least 1")
+    if arguments.figures:
+        check_writable("figures", Path(arguments.figures))
     runs, others = runs_of(arguments.folders), runs_of(arguments.against)
     names = arguments.test_set or shared([*runs, *others])
     for i, name in enumerate(names):

@@ -84,8 +84,11 @@ def compare_means(row, every):
     """The same for the means, once all of a row's seeds have run: {seed: rates}."""
     for test_set, limits in row.get("intervals", {}).items():
         for metric, interval in limits.items():
+            rates = [every[r["seed"]].get(test_set, {}).get(metric) for r in row["runs"]]
+            if None in rates:  # `compare` has told
+                continue
             written = np.mean([r["test"][test_set][metric] for r in row["runs"]])
-            now = np.mean([every[r["seed"]][test_set][metric] for r in row["runs"]])
+            now = np.mean(rates)
             name = f"all seeds, {test_set} {metric}"
             yield verdict(name, now, written, interval, "the 95 % interval")
 

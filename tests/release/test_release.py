@@ -18,6 +18,7 @@ from inference.release.hearing import heard, listen
 from inference.release.start import start
 from inference.report.alignments import read_alignments
 from modules.checkpoints import Checkpointer
+from modules.digests import SUMS
 from modules.errors import UserError
 from modules.tensors import load_tensors
 from tests.recipes import runs
@@ -79,6 +80,37 @@ def test_downloaded_files_are_checked(release, tmp_path):
     archive.unlink()
     with pytest.raises(UserError, match=r"tones.tar.gz is missing"):
         check(folder)
+
+
+def test_a_folder_that_tells_less_than_all_is_refused(release, tmp_path):
+    folder = shutil.copytree(release, tmp_path / "down")
+    sums = (folder / SUMS).read_text()
+    (folder / SUMS).write_text(sums.replace("  ", " *"))  # as sha256sum -b
+    check(folder, say=lambda text: None)
+    for text, message in (
+        ("", r"SHA256SUMS has no tones.json; copy the file of sums again"),
+        (sums.replace("tones.md", "other"), "other is missing"),
+        (sums + "cut o", "has the line 'cut o', which is no digest"),
+    ):
+        (folder / SUMS).write_text(text)
+        with pytest.raises(UserError, match=message):
+            check(folder)
+    (folder / SUMS).write_text("")
+    for path in folder.glob("tones.*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"holds no model's NAME.json"):
+        check(folder)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no JSON", '{"file": "a"}'])
+def test_a_foreign_description_is_told_before_work(text, run, release, tmp_path):
+    folder = shutil.copytree(release, tmp_path / "down")
+    (folder / "other.json").write_text(text)
+    before = runs.files_of(folder)
+    for work in (lambda: build(run, "two", folder), lambda: check(folder)):
+        with pytest.raises(UserError, match=r"other.json describes no released model"):
+            work()
+    assert runs.files_of(folder) == before
 
 
 def test_a_release_on_another_disk(release, tmp_path):

@@ -98,6 +98,7 @@ def test_mistakes_have_a_line(folders, tmp_path, monkeypatch, capsys):
         ([ours[0], "--test-set", "test-x"], "holds no wer_test-x.txt; it has test-clean"),
         ([ours[0], other], "other sentences in test-clean: 2 differ"),
         ([ours[0], "--top", "0"], "--top 0 must be at least 1"),
+        ([ours[0], "--figures", other / "wer_test-clean.txt"], "is a file; give another --figures"),
     ):
         status, out, err = call(monkeypatch, capsys, *words)
         assert (status, out) == (2, "") and message in err and err.startswith("error: ")

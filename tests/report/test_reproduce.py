@@ -9,7 +9,7 @@ import pytest
 import reproduce as script
 from inference.report import rows
 from inference.report.folder import Run
-from inference.report.rerun import compare, filled
+from inference.report.rerun import compare, compare_means, filled
 from inference.report.results import put_row, read_results, write_results
 from inference.report.tables import markdown, shared_options, write_tables
 from modules.errors import UserError
@@ -127,6 +127,29 @@ def test_what_lies_outside_is_told(written):
     told = dict(compare(row, seed, rates))
     assert next(t for t, agrees in told.items() if agrees is False).endswith("has none")
     assert next(t for t, agrees in told.items() if agrees is None).endswith("they agree")
+
+
+def test_means_without_a_test_set_of_some_seed():
+    """`compare` has told of it; the other test set's mean is told still."""
+    rates = {"a": {"WER": 10.0}, "b": {"WER": 20.0}}
+    row = {"runs": [{"seed": seed, "test": rates} for seed in (1, 2)]}
+    row["intervals"] = {name: {"WER": [5.0, 25.0]} for name in rates}
+    told = list(compare_means(row, {1: rates, 2: {"b": {"WER": 21.0}}}))
+    assert told == [
+        ("all seeds, b WER: 20.50, written 20.00; within the 95 % interval 5.00 to 25.00", True)
+    ]
+
+
+def test_seeds_are_known_before_anything_runs(monkeypatch, capsys):
+    command = ("--table", "digits", "--dry-run", "--seed")
+    assert call(monkeypatch, *command, 3402) == 0
+    out = capsys.readouterr().out.splitlines()
+    left_out = [line for line in out if line.startswith("# left out, --seed 3402: row")]
+    assert left_out and out[: len(left_out)] == left_out
+    rows = sum(row["table"] == "digits" for row in RESULTS["rows"])
+    assert sum(line.startswith("# digits, row ") for line in out) == rows - len(left_out)
+    assert call(monkeypatch, *command, 5) == 2
+    assert "no row of digits has these" in capsys.readouterr().err
 
 
 def test_dry_run_and_list_run_nothing(monkeypatch, capsys, tmp_path):
