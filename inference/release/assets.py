@@ -12,7 +12,7 @@ import torch
 
 from modules.digests import SUMS, sha256
 from modules.errors import UserError
-from modules.tensors import load_tensors
+from modules.tensors import load_tensors, save_tensors
 from modules.whole import whole
 
 NOTES = "RELEASE.md"
@@ -45,7 +45,7 @@ def shorten(path, kind):
             weights[name] = weight.half()
         if not torch.isfinite(weights[name]).all():
             raise UserError(f"weight {name!r} is too large for {kind}; give --dtype float32")
-    torch.save(weights, path)
+    save_tensors(weights, path)
 
 
 def pack(folder, archive):
