@@ -73,7 +73,7 @@ def compare(row, seed, rates):
             if now is None:
                 yield f"{name}: written {written[metric]:.2f}; the rerun has none", False
                 continue
-            of_seeds = [r["test"][test_set][metric] for r in row["runs"] if test_set in r["test"]]
+            of_seeds = [r for r in rates_of(row, test_set, metric) if r is not None]
             limits, what = written.get(f"{metric}_interval"), "the 95 % interval"
             if limits is None and len(of_seeds) > 1:
                 limits, what = (min(of_seeds), max(of_seeds)), "the row's seeds,"
@@ -85,12 +85,16 @@ def compare_means(row, every):
     for test_set, limits in row.get("intervals", {}).items():
         for metric, interval in limits.items():
             rates = [every[r["seed"]].get(test_set, {}).get(metric) for r in row["runs"]]
-            if None in rates:  # `compare` has told
+            written = rates_of(row, test_set, metric)
+            if None in rates + written:  # `compare` has told what the rerun lacks
                 continue
-            written = np.mean([r["test"][test_set][metric] for r in row["runs"]])
-            now = np.mean(rates)
             name = f"all seeds, {test_set} {metric}"
-            yield verdict(name, now, written, interval, "the 95 % interval")
+            yield verdict(name, np.mean(rates), np.mean(written), interval, "the 95 % interval")
+
+
+def rates_of(row, test_set, metric):
+    """What is written, a seed each; None where it is not."""
+    return [run["test"].get(test_set, {}).get(metric) for run in row["runs"]]
 
 
 def verdict(name, now, written, limits, what):

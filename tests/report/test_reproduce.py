@@ -15,6 +15,7 @@ from inference.report.tables import markdown, shared_options, write_tables
 from modules.errors import UserError
 from tests.recipes import runs
 from tests.recipes.packages import trained
+from tests.report.written import wer_text
 from tests.test_docs import faults
 
 RESULTS = read_results()
@@ -138,6 +139,42 @@ def test_means_without_a_test_set_of_some_seed():
     assert told == [
         ("all seeds, b WER: 20.50, written 20.00; within the 95 % interval 5.00 to 25.00", True)
     ]
+
+
+def test_seeds_of_which_not_all_is_written():
+    """Nothing ends a comparison after the training: what can be told is."""
+    runs = [{"seed": 1, "test": {"a": {"WER": 10.0, "CER": 5.0}}},
+            {"seed": 2, "test": {"a": {"WER": 12.0}}}]  # fmt: skip
+    row = {"runs": runs, "intervals": {"a": {"WER": [9.0, 13.0], "CER": [4.0, 6.0]}}}
+    now = {"a": {"WER": 11.0, "CER": 5.0}}
+    told = [text for text, _ in compare(row, 1, now)]
+    assert told[0].endswith("within the row's seeds, 10.00 to 12.00")
+    assert told[1].endswith("one seed and no interval, so no telling whether they agree")
+    assert [text.partition(":")[0] for text, _ in compare_means(row, {1: now, 2: now})] == [
+        "all seeds, a WER"
+    ]
+
+
+def test_a_seed_is_told_of_before_the_next_fails(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.py").write_text(
+        "import pathlib, shutil, sys\n"
+        "here, seed, output = map(pathlib.Path, sys.argv)\n"
+        "assert str(seed) == '1'\n"
+        "output.mkdir(parents=True)\n"
+        "shutil.copy(here.with_name('wer_a.txt'), output)\n"
+    )
+    (tmp_path / "wer_a.txt").write_text(wer_text([("x-1", ["A", "B"], ["A", "C"])]))
+    keys = {"commit": None, "hardware": None, "steps": 1, "minutes": None, "dev": {}}
+    written = [{"seed": s, **keys, "test": {"a": {"WER": 50.0}}} for s in (1, 2)]
+    commands = [f"python {shlex.quote(str(tmp_path / 'train.py'))} {{seed}} {{output}}"]
+    row = {"table": "t", "name": "n", "commands": commands, "runs": written}
+    path = tmp_path / "results.json"
+    write_results(
+        {"tables": [{"name": "t", "title": "T", "test_sets": ["a"]}], "rows": [row]}, path
+    )
+    command = ("--results", path, "--table", "t", "--output", tmp_path / "out")
+    assert call(monkeypatch, *command) == 2
+    assert "seed 1, a WER: 50.00, written 50.00; within" in capsys.readouterr().out
 
 
 def test_seeds_are_known_before_anything_runs(monkeypatch, capsys):
