@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from inference.package import package
-from inference.release.assets import check_sums, models, pack, put, shorten, unpack
+from inference.release.assets import NOTES, check_sums, models, pack, put, shorten, unpack
 from inference.release.hearing import heard, listen, recordings
 from inference.release.limits import limits, plural
 from inference.report.commands import command_of
@@ -171,10 +171,11 @@ def check(output, data_folder=None, device="cpu", say=print):
     listed, found = check_sums(output), models(output)
     if not found:
         raise UserError(f"{output} holds no model's NAME.json; copy all of the release's files")
-    for path in found:
-        for name in (path.name, f"{path.stem}.md", f"{path.stem}.tar.gz"):
-            if name not in listed:
-                raise UserError(f"{output / SUMS} has no {name}; copy the file of sums again")
+    wanted = [n for p in found for n in (p.name, f"{p.stem}.md", f"{p.stem}.tar.gz")]
+    if (output / NOTES).exists():
+        wanted.append(NOTES)
+    if missing := [name for name in wanted if name not in listed]:
+        raise UserError(f"{output / SUMS} has no {missing[0]}; copy the file of sums again")
     for facts in found.values():
         with tempfile.TemporaryDirectory(prefix="mamba-asr-release-") as scratch:
             package_folder = unpack(output / facts["file"], scratch)

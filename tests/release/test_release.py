@@ -90,6 +90,10 @@ def test_a_folder_that_tells_less_than_all_is_refused(release, tmp_path):
     for text, message in (
         ("", r"SHA256SUMS has no tones.json; copy the file of sums again"),
         (sums.replace("tones.md", "other"), "other is missing"),
+        (
+            "".join(line for line in sums.splitlines(True) if "RELEASE" not in line),
+            r"SHA256SUMS has no RELEASE.md; copy the file of sums again",
+        ),
         (sums + "cut o", "has the line 'cut o', which is no digest"),
     ):
         (folder / SUMS).write_text(text)
