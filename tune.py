@@ -159,11 +159,15 @@ def check_save(path):
 
 
 def split_names(splits, hparams):
-    """The splits to search on; UserError for one that is not there, or is no development set."""
-    names = hparams.dev_splits if splits is None else [x.strip() for x in splits.split(",")]
+    """The splits to search on; UserError for a test set.
+
+    And for one that was asked for and is not there, or is what the run learnt from.
+    """
+    asked = splits is not None
+    names = [x.strip() for x in splits.split(",")] if asked else hparams.dev_splits
     for name in names:
         manifest = Path(hparams.output_folder, f"{name}.csv")
-        if name == "train" or name in hparams.train_splits:
+        if asked and (name == "train" or name in hparams.train_splits):
             raise UserError(
                 f"--splits {name} is what the run learnt from, which it knows too well to choose "
                 f"weights on; use {', '.join(hparams.dev_splits)}"
@@ -174,7 +178,7 @@ def split_names(splits, hparams):
                 f"--splits {name} is a test set: weights chosen on it make its error rate mean "
                 f"nothing; use {', '.join(hparams.dev_splits)}"
             )
-        if not name or not manifest.is_file():
+        if asked and not (name and manifest.is_file()):
             raise UserError(
                 f"--splits {splits}: the run has no {manifest}; use a split that it was trained "
                 f"with, {', '.join(hparams.dev_splits)}"

@@ -73,6 +73,18 @@ def test_a_folder_that_was_moved(tmp_path):
     assert brain.checkpointer.checkpoints_dir == tmp_path / "moved/save"
 
 
+def test_the_runs_own_splits_are_not_questioned(tmp_path):
+    """With --encoded nothing of them is read; and whoever validates on a part of training may."""
+    splits = {"dev_splits": ["dev"], "train_splits": ["dev"], "test_splits": ["test"]}
+    hparams = types.SimpleNamespace(**splits, output_folder=tmp_path)
+    assert tune.split_names(None, hparams) == ["dev"]
+    with pytest.raises(UserError, match="dev is what the run learnt from"):
+        tune.split_names("dev", hparams)
+    hparams.dev_splits = ["test"]
+    with pytest.raises(UserError, match="test is a test set"):
+        tune.split_names(None, hparams)
+
+
 def test_s2s_weights(tmp_path):
     from tests.lm.test_train_lm import train
 
