@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import shutil
+import types
 
 import pytest
 import torch
