@@ -7,7 +7,7 @@
 A shape is utterances x frames; all utterances have the full length. forward_ms is without
 gradients; forward_backward_ms and peak_mb are of a forward and a backward pass, peak_mb above
 parameters and input; ratio is forward_backward_ms over the first mixer's. Parameters are float32,
-the work is done under bf16 autocast.
+the work is done under bf16 autocast. --compile compiles each mixer as training does.
 
     BiMamba, Mamba         modules.mamba
     BiMamba2, Mamba2       modules.mamba2, with its own 64 states a channel
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from modules.attention import RelPosAttention, RoPEAttention
+from modules.compilation import OPTIONS
 from modules.mamba import BiMamba, Mamba
 from modules.mamba2 import BiMamba2, Mamba2
 
@@ -98,6 +99,8 @@ def measure_mixer(name, batch, frames, options):
     dtype = getattr(torch, options.input)
     x = torch.randn(batch, frames, options.d_model, device=device).to(dtype).requires_grad_()
     lengths = torch.full((batch,), frames, device=device)
+    if options.compile:
+        mixer.compile(dynamic=False, options=OPTIONS | getattr(mixer, "compile_options", {}))
     inputs = [x, *(p for p in mixer.parameters() if p.requires_grad)]
     autocast = torch.autocast(
         torch.device(device).type, torch.bfloat16, enabled=options.precision == "bf16"
@@ -116,6 +119,8 @@ def measure_mixer(name, batch, frames, options):
     def forward_backward():
         torch.autograd.grad(forward(), inputs, dy, allow_unused=True)
 
+    forward_backward()
+    peak = measure.peak_bytes(forward_backward, device, above=True)  # graphs keep memory of theirs
     timed = measure.time_replays if options.graph else measure.time_calls
     settings = {"repeats": options.repeats, "limit": options.limit, "clock": options.clock}
     both = timed(forward_backward, device, **settings)
@@ -123,9 +128,7 @@ def measure_mixer(name, batch, frames, options):
     return {
         "forward_ms": alone["ms"],
         "forward_backward_ms": both["ms"],
-        "peak_mb": measure.rounded(
-            measure.peak_bytes(forward_backward, device, above=True), 1e6, 1
-        ),
+        "peak_mb": measure.rounded(peak, 1e6, 1),
     }
 
 
@@ -152,6 +155,7 @@ def parse():
                         "each number the least: for a busy machine")  # fmt: skip
     parser.add_argument("--clock", default="wall", choices=measure.CLOCKS, help=measure.CLOCK_HELP)
     parser.add_argument("--graph", action="store_true", help=measure.GRAPH_HELP)
+    parser.add_argument("--compile", action="store_true", help="torch.compile, of every mixer")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--limit", type=float, default=2.0, help="seconds a timing")
     return parser.parse_args()
@@ -189,6 +193,7 @@ def main():
         rounds=options.rounds,
         clock=options.clock,
         graph=options.graph,
+        compile=options.compile,
     )
 
 
