@@ -116,6 +116,7 @@ def rows_of_hour(brain, options):
 def rows_of_lengths(brain, options):
     for seconds in options.lengths:
         number = max(1, round(options.total / seconds))
+        measure.free()  # the graph of the length before
         row = measure.attempt(measure_encoder_step, brain, number, seconds, options)
         yield {"batch": f"{number}x{seconds:g}", "seconds": seconds, **row}
 

@@ -174,9 +174,14 @@ def rounded(number, unit, digits):
 
 def release():
     """Give back what the last model held, so that the next one is measured alone."""
-    gc.collect()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # compiled code keeps its constants
+    free()
+
+
+def free():
+    """Give back what nothing holds any more, CUDA graphs with it."""
+    gc.collect()
     if torch.cuda.is_available():
         attempt(torch.cuda.empty_cache)  # after a kernel has failed, this fails too
 
