@@ -125,10 +125,10 @@ GRAPH_HELP = (
 RECORDED = 10  # calls a graph: what it takes to launch one is no part of them
 
 
-def time_replays(call, device, *arguments, **options):
-    """As `time_calls`, of the call's kernels alone: RECORDED of them, replayed as a CUDA graph."""
-    row = time_calls(replayed(call, RECORDED), device, *arguments, **options)
-    return {**row, "ms": round(row["ms"] / RECORDED, 4)}
+def time_replays(call, device, *arguments, calls=RECORDED, **options):
+    """As `time_calls`, of the call's kernels alone: some of them, replayed as a CUDA graph."""
+    row = time_calls(replayed(call, calls), device, *arguments, **options)
+    return {**row, "ms": round(row["ms"] / calls, 4)}
 
 
 def replayed(call, calls=1):

@@ -1,25 +1,31 @@
 """CUDA graph of a search's step: one launch a token in place of hundreds.
 
 A step on a GPU is bound by its launches, each of a few microseconds of work. Where nothing changes
-shape from token to token, the third token's kernels are recorded and then replayed
+shape from token to token, an early token's kernels are recorded and then replayed
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 """
 
 import contextlib
 import threading
+import weakref
 
 import torch
 
-WARM_UP = 2  # tokens: after the first one states have the types that they keep
+# Tokens before a graph. After the first one states have the types that they keep; the second runs
+# kernels for these, which a search needs once.
+WARM_UP = 2
 CHECK_EVERY = 8  # tokens between two questions to a CUDA device whether the search is over
 _capturing = threading.Lock()
 
 
 class _Thread(threading.local):
-    """What a thread keeps from search to search: streams, and graphs whose memory is used again."""
+    """What a thread keeps from search to search.
+
+    Streams, graphs whose memory is used again, and with which types a search has been recorded.
+    """
 
     def __init__(self):
-        self.streams, self.graphs = {}, {}
+        self.streams, self.graphs, self.recorded = {}, {}, weakref.WeakKeyDictionary()
 
 
 _thread = _Thread()
@@ -47,7 +53,7 @@ def run(step, max_tokens):
     cuda = step.beams.tokens.is_cuda
     replay = step
     for token in range(max_tokens):
-        if token == WARM_UP and cuda and capturable(step):
+        if cuda and token == (1 if recorded(step) else WARM_UP) and capturable(step):
             replay = capture(step)
         replay()
         if (not cuda or (token + 1) % CHECK_EVERY == 0) and bool(step.beams.done()):
@@ -59,17 +65,28 @@ def capturable(step):
     return (
         step.language_model is None
         and not step.search.decoder.training
-        and shapes(step.state) == shapes(step.start)
+        and [x.shape for x in leaves(step.state)] == [x.shape for x in leaves(step.start)]
     )
+
+
+def recorded(step):
+    """Whether this thread has recorded a step of the same search, with states of the same types."""
+    return types(step) in _thread.recorded.get(step.search, ())
+
+
+def types(step):
+    """What the choice of kernels depends on besides shapes."""
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    return step.beams.tokens.device, autocast, tuple(x.dtype for x in leaves(step.state))
 
 
 def capture(step):
     """Record a step that writes over its own state -> a function that runs it.
 
-    The first tokens have warmed up the libraries on this stream, and compiled what is compiled.
-    Under autocast they have also made the cached weights of low precision, which live until
-    autocast ends, so longer than the graph is replayed. What a graph leaves behind it is kept until
-    the next one is there to use it.
+    The first tokens, or those of an earlier search, have warmed up the libraries on this stream,
+    and compiled what is compiled. Under autocast the first of this search has made the cached
+    weights of low precision, which live until autocast ends, so longer than the graph is replayed.
+    What a graph leaves behind it is kept until the next one is there to use it.
     """
     device = torch.cuda.current_device()
     graph, former = torch.cuda.CUDAGraph(), _thread.graphs.get(device)
@@ -83,6 +100,7 @@ def capture(step):
         finally:
             graph.capture_end()
     _thread.graphs[device] = graph
+    _thread.recorded.setdefault(step.search, set()).add(types(step))
     return graph.replay
 
 
@@ -104,8 +122,8 @@ def overwrite(target, state, index):
             overwrite(a, b, index)
 
 
-def shapes(state):
-    """Shapes of all tensors in a nested state."""
+def leaves(state):
+    """All tensors in a nested state."""
     if isinstance(state, torch.Tensor):
-        return state.shape
-    return [shapes(part) for part in state]
+        return [state]
+    return [x for part in state for x in leaves(part)]

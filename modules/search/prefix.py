@@ -7,6 +7,8 @@ linear in the probabilities: the score is a matrix product, the state a cumulati
 import torch
 
 from modules.lengths import valid_frames
+from modules.ops import ctc_prefix
+from modules.ops.ctc_prefix.pytorch import finite, log_probs_of
 
 MINUS_INF = float("-inf")
 LEAST = -700.0  # of a log-probability: its exponential is still a normal float64
@@ -50,7 +52,8 @@ class CTCPrefixScorer:
         utterances = torch.arange(batch, device=device).repeat_interleave(beam_size)
         self.first_row = utterances * self.vocab_size
         self.valid, self.lengths = valid[utterances], lengths[utterances].unsqueeze(1)
-        blanks = self._log_probs_of(torch.full_like(utterances, blank_index)).cumsum(1)
+        rows = self.first_row + blank_index
+        blanks = log_probs_of(self.probs.flatten(0, 1), rows, self.valid).cumsum(1)
         self.blanks = torch.nn.functional.pad(blanks, (1, 0))  # (B x beam, 1 + T)
 
         # After t = 0 .. T frames, of the empty prefix: only blanks so far.
@@ -59,23 +62,17 @@ class CTCPrefixScorer:
         self.last = torch.full_like(utterances, blank_index)
         self.next_psi = None
 
-    def _log_probs_of(self, tokens):
-        """tokens (B x beam,) -> log-probabilities (B x beam, T) of each; 0 in padding."""
-        rows = self.probs.flatten(0, 1).index_select(0, self.first_row + tokens)
-        return rows.log().masked_fill(~self.valid, 0.0)
-
     def score(self):
         """-> (B x beam, V); minus infinity where CTC has no frame left, and for blank."""
-        before = self.total[:, :-1].masked_fill(~self.valid, MINUS_INF)
-        largest = finite(before.amax(1, keepdim=True))
-        weights = (before - largest).exp().unflatten(0, (-1, self.beam_size))
+        rows = self.first_row + self.last
+        weights, largest, repeated = ctc_prefix.weights(
+            self.probs.flatten(0, 1), rows, self.valid, self.blank, self.total
+        )
+        weights = weights.unflatten(0, (-1, self.beam_size))
         # The large factor first: MKL then takes half the time.
         psi = torch.bmm(self.probs, weights.transpose(1, 2)).transpose(1, 2).flatten(0, 1)
         psi = psi.log_().add_(largest)
-        last = self.last.unsqueeze(1)
-        repeated = self.blank[:, :-1] + self._log_probs_of(self.last)
-        repeated = repeated.masked_fill(~self.valid, MINUS_INF).logsumexp(1, keepdim=True)
-        psi.scatter_(1, last, repeated)
+        psi.scatter_(1, self.last.unsqueeze(1), repeated)
         psi[:, self.eos_index].copy_(self.total.gather(1, self.lengths).squeeze(1))
         psi[:, self.blank_index].fill_(MINUS_INF)
         self.next_psi = psi
@@ -90,23 +87,16 @@ class CTCPrefixScorer:
         predecessors, tokens = (x.to(self.probs.device) for x in (predecessors, tokens))
         psi = self.next_psi.flatten().index_select(0, predecessors * self.vocab_size + tokens)
         self.psi.copy_(psi.unsqueeze(1))
-        last, blank, total = (
-            x.index_select(0, predecessors) for x in (self.last, self.blank, self.total)
+        blank, total = ctc_prefix.extend(
+            self.probs.flatten(0, 1),
+            self.first_row + tokens,
+            self.valid,
+            self.blanks,
+            self.blank,
+            self.total,
+            predecessors,
+            tokens == self.last.index_select(0, predecessors),
         )
-        phi = torch.where((tokens == last).unsqueeze(1), blank, total)[:, :-1]
-        log_probs = self._log_probs_of(tokens)
-        sums = log_probs.cumsum(1)
-        nonblank = sums + torch.logcumsumexp(phi - (sums - log_probs), dim=1)
-        nonblank = nonblank.masked_fill(~self.valid, MINUS_INF)
-        # b_t hears of n up to t - 1 frames, and n_0 is none.
-        before = torch.logcumsumexp(nonblank[:, :-1] - self.blanks[:, 1:-1], dim=1)
-        self.blank[:, :2].fill_(MINUS_INF)
-        torch.add(self.blanks[:, 2:], before, out=self.blank[:, 2:])
-        self.total[:, :1].fill_(MINUS_INF)
-        torch.logaddexp(nonblank, self.blank[:, 1:], out=self.total[:, 1:])
+        self.blank.copy_(blank)
+        self.total.copy_(total)
         self.last.copy_(tokens)
-
-
-def finite(x):
-    """Zero for minus infinity, so that nothing subtracts it from itself."""
-    return x.masked_fill(x == MINUS_INF, 0.0)

@@ -111,7 +111,8 @@ class OneDevice(TorchDispatchMode):
 @pytest.mark.parametrize("ctc_weight", [0.0, 0.4])
 def test_a_step_never_asks_the_device(layer, ctc_weight, monkeypatch):
     """On fake CUDA tensors, which have shapes and no values: a question to them is an error."""
-    monkeypatch.setenv("MAMBA_ASR_STEP_BACKEND", "torch")
+    for operator in ("STEP", "PREFIX"):
+        monkeypatch.setenv(f"MAMBA_ASR_{operator}_BACKEND", "torch")
     with FakeTensorMode():
         with torch.device("cuda"):
             decoder = Decoder(9, D, 2 * D, 2, layer).eval()
