@@ -15,6 +15,7 @@ import torch
 from modules.ops import (
     causal_conv1d,
     ctc,
+    ctc_prefix,
     depthwise_conv1d,
     gating,
     mamba_step,
@@ -28,7 +29,7 @@ PACKAGES = (
 )
 OPERATORS = (
     *(selective_scan, state_space_dual, causal_conv1d, depthwise_conv1d),
-    *(gating, mamba_step, ctc),
+    *(gating, mamba_step, ctc, ctc_prefix),
 )
 VARIABLES = (
     *("MAMBA_ASR_SCAN_BACKEND", "MAMBA_ASR_CONV_BACKEND", "MAMBA_ASR_STEP_BACKEND"),
