@@ -226,10 +226,10 @@ class BiMamba(nn.Module):
         assert state is None, "BiMamba runs in pieces only if it is told the chunk"
         both = self.derived or self.derive()
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x = bidirectional_conv1d(x, both.conv, both.conv_bias, lengths)
+        x, read = bidirectional_conv1d(x, both.conv, both.conv_bias, lengths, twice=True)
         states = self.forward_ssm.d_state
         parts = [both.to_steps.shape[2], states, states]
-        dt, B, C = self._project(x, both.to_inputs).split(parts, dim=-1)
+        dt, B, C = self._project(read, both.to_inputs).split(parts, dim=-1)
         y = bidirectional_scan(
             x,
             self._project(dt, both.to_steps),

@@ -61,6 +61,12 @@ class Operator:
         outputs = self.node(*args)
         return (outputs,) if self.outputs == 1 else outputs
 
+    def differentiate(self, gradients, kept, args):
+        """What `backward` gives, for an autograd.Function around the operator."""
+        if torch.compiler.is_compiling():
+            return self.backward_node(gradients, kept, *args)
+        return self.backward(gradients, args, kept)
+
     def _remember(self, ctx, inputs, output):
         outputs = (output,) if self.outputs == 1 else output
         tensors = [x for x in inputs if isinstance(x, torch.Tensor)]

@@ -150,6 +150,31 @@ def test_any_strides():
 
 
 @runs_kernels
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_two_readers_gradients_are_added(small_tiles, backend, compiled):
+    """In float32, though each is bfloat16; by Triton as it reads them."""
+    leaves = make(21, channels=130, dtype=torch.bfloat16)
+    given = {**leaves, "lengths": lengths_of(21), "backend": backend}
+    mix = torch.randn(2, 2, 3, 21, 130, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def both():
+        return bidirectional_conv1d(**given, twice=True)
+
+    if compiled:
+        torch._dynamo.reset()
+        both = torch.compile(both, backend="aot_eager", dynamic=True)
+    first, second = both()
+    assert torch.equal(first, second)
+    loss = (first.float() * mix[0]).sum() + (second.float() * mix[1]).sum()
+    found = torch.autograd.grad(loss, list(leaves.values()))
+    double = {k: v.detach().double().requires_grad_() for k, v in leaves.items()}
+    y = bidirectional_conv1d(**double, lengths=lengths_of(21), backend="naive")
+    expected = torch.autograd.grad((y * mix.double().sum(0)).sum(), list(double.values()))
+    assert_near([x.double() for x in found], expected, 8e-3)
+
+
+@runs_kernels
 def test_empty():
     for frames, batch in ((0, 2), (3, 0)):
         leaves = make(frames, batch=batch)
@@ -183,18 +208,24 @@ def test_what_it_refuses():
 
 @installed
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter hides the compiler")
-@pytest.mark.parametrize("directions, absent", [((True, True), ()), ((False, True), ("bias",))])
+@pytest.mark.parametrize(
+    "directions, absent",
+    [((True, True), ()), ((True, True), ("more",)), ((False, True), ("bias", "more"))],
+)
 def test_compiles_for_an_h200(directions, absent):
     from modules.ops.causal_conv1d import triton_kernels
 
     constants = dict(zip(("FORWARD", "REVERSE"), directions, strict=True))
     constants |= {"WIDTH": 4, "SILU": True, **dict.fromkeys(absent)}
-    constants |= {"CHANNELS": triton.CHANNELS, "CHUNK": triton.CHUNK}
+    chunk = triton.CHUNK if "more" in absent else triton.CHUNK_OF_TWO
+    constants |= {"CHANNELS": triton.CHANNELS, "CHUNK": chunk}
     for kernel, most in (
         (triton_kernels.forward_kernel, 64),
         (triton_kernels.backward_kernel, 128),  # eight programs of two warps a multiprocessor
     ):
-        registers, spilled, ptx = compile_kernel(kernel, "bf16", constants, triton.CHANNELS // 64)
+        registers, spilled, ptx = compile_kernel(
+            kernel, "bf16", constants, triton.CHANNELS // 64, more="bf16"
+        )
         assert spilled == 0 and registers <= most
         assert not re.search(r"ld\.global\.b16", ptx), "two channels a thread, in one load"
 

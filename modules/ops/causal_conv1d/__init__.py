@@ -82,12 +82,14 @@ def bidirectional_conv1d(
     lengths: torch.Tensor | None,
     activation: str | None = "silu",
     *,
+    twice: bool = False,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`causal_conv1d` forward in time and in reverse, each with its own weights, x read once.
 
     x: (B, T, D); weights: (2, D, K); biases: (2, D); lengths: (B,) or None
-    -> y (2, B, T, D): forward in time, reverse
+    twice: for two readers, whose gradients the backward pass adds as it reads them
+    -> y (2, B, T, D): forward in time, reverse; or (y, y), in the same memory
     Raises as `causal_conv1d` does.
     """
     if len(weights) != 2 or len(biases) != 2:
@@ -100,13 +102,15 @@ def bidirectional_conv1d(
     call = Call(x.device.type, x.dtype, weights.shape[2], needs_grad, False, False)
     run = triton if kernels.traced(x) else _backends.pick(backend, call)
     if run is triton and x.shape[1] > 0:
-        return triton.bidirectional_conv1d(x, weights, biases, lengths, activation)
+        both = triton.bidirectional_conv1d_twice if twice else triton.bidirectional_conv1d
+        return both(x, weights, biases, lengths, activation)
     options = {"activation": activation, "lengths": lengths, "backend": backend}
     y = [
         causal_conv1d(x, weight, bias, reverse=reverse, **options)
         for weight, bias, reverse in zip(weights, biases, (False, True), strict=True)
     ]
-    return torch.stack(y)
+    y = torch.stack(y)
+    return (y, y) if twice else y
 
 
 def _check(x, weight, bias, activation, lengths, initial_state):

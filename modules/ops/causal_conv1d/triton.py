@@ -9,6 +9,7 @@ TRITON_INTERPRET=1 (set before triton is imported) runs the kernels on a CPU, fo
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from modules.ops import kernels
 from modules.ops.backends import OK, Call
@@ -18,6 +19,7 @@ from modules.ops.parameter_sums import parameter_sums
 
 CHANNELS = 128  # a program's, two a thread: a warp reads 128 bytes of bf16 at once
 CHUNK = 4  # frames loaded ahead
+CHUNK_OF_TWO = 2  # of two gradients: as many bytes, and registers, as without the second
 # Frames a program, at most; each reads its taps again, and in the backward writes sums of
 # 4 (K + 1) bytes a channel and direction. B 32, T 400, D 1024 make 1792 and 1024 programs: by
 # their registers an H200 holds all of them at once.
@@ -49,6 +51,29 @@ def bidirectional_conv1d(x, weights, biases, lengths, activation):
     return _operator(x, weights, biases, lengths, activation == "silu", True, True)[0]
 
 
+def bidirectional_conv1d_twice(x, weights, biases, lengths, activation):
+    """The same for two readers: a pair in the same memory."""
+    return _Twice.apply(x, weights, biases, lengths, activation == "silu")
+
+
+class _Twice(torch.autograd.Function):
+    """Autograd would add the readers' gradients by a pass over both, for the kernel to read."""
+
+    @staticmethod
+    def forward(ctx, x, weights, biases, lengths, silu):
+        (y,) = _operator(x, weights, biases, lengths, silu, True, True)
+        ctx.save_for_backward(x, weights, biases, lengths)
+        ctx.silu = silu
+        return y, y.view_as(y)  # not by `detach`, which recomputation leaves as it is
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, more):
+        args = (*ctx.saved_tensors, ctx.silu, True, True)
+        dx, dweights, dbiases = _operator.differentiate([dy, more], [], args)
+        return dx, dweights, dbiases, None, None
+
+
 def _forward(x, weights, biases, lengths, silu, forward, reverse):
     """x (B, T, D), weights (directions, D, K), biases (directions, D) -> (directions, B, T, D)"""
     from modules.ops.causal_conv1d.triton_kernels import forward_kernel
@@ -76,11 +101,14 @@ def _shapes(x, weights, *_):
 
 
 def _backward(gradients, args, kept):
-    """As an `Operator` wants it."""
+    """As an `Operator` wants it, of one gradient or the sum of two."""
     from modules.ops.causal_conv1d.triton_kernels import backward_kernel
 
     x, weights, biases, lengths, silu, forward, reverse = args
-    x, dy = dense_rows(x), dense_rows(gradients[0])
+    dy, more = (*gradients, None)[:2]
+    if more is not None:
+        dy, more = dy.contiguous(), more.contiguous()
+    x, dy = dense_rows(x), dense_rows(dy)
     taps, offsets, lengths = (
         None if t is None else t.contiguous() for t in (weights, biases, lengths)
     )
@@ -92,10 +120,11 @@ def _backward(gradients, args, kept):
     partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     _launch(
         backward_kernel,
-        (x, taps, offsets, lengths, dy, dx, partial),
+        (x, taps, offsets, lengths, dy, more, dx, partial),
         (frames, channels, tile, *x.stride()[:2], *dy.stride()[:3]),
         (tiles, batch),
         **{"FORWARD": forward, "REVERSE": reverse, "SILU": silu, "WIDTH": width},
+        chunk=CHUNK if more is None else CHUNK_OF_TWO,
     )
     dweights, dbiases, _ = parameter_sums(partial.transpose(0, 1), weights, biases)
     return [dx, dweights] if biases is None else [dx, dweights, dbiases]
@@ -120,7 +149,7 @@ def _tiles(steps, longest):
     return -(-steps // tile), tile
 
 
-def _launch(kernel, tensors, numbers, programs, **constants):
+def _launch(kernel, tensors, numbers, programs, chunk=CHUNK, **constants):
     channels = tensors[0].shape[2]
     if tensors[0].numel() == 0:
         return
@@ -130,7 +159,7 @@ def _launch(kernel, tensors, numbers, programs, **constants):
             *tensors,
             *numbers,
             **constants,
-            CHUNK=CHUNK,
+            CHUNK=chunk,
             CHANNELS=CHANNELS,
             num_warps=CHANNELS // 64,
         )

@@ -72,7 +72,6 @@ def activate(pre, SILU: tl.constexpr):
 @triton.jit
 def through_activation(dy, pre, SILU: tl.constexpr):
     """Gradient of the activation's result -> of what went in."""
-    dy = dy.to(tl.float32)
     if SILU:
         s = sigmoid(pre)
         dy *= s * (1.0 + pre * (1.0 - s))
@@ -138,27 +137,45 @@ def forward_kernel(
 
 @triton.jit
 def backward_rows(
-    x, dy, dy_reverse, i, s, stop, x_t, dy_t, mask,
+    x, dy, dy_reverse, more, more_reverse, i, s, stop, x_t, dy_t, mask,
     WIDTH: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """x and dy at s + K - 1, reverse dy at s: what step s adds to the windows. Rows as for x."""
+    """x and dy at s + K - 1, reverse dy at s: what step s adds to the windows. Rows as for x.
+
+    A dy is a pair: what is there and what is to be added to it, not yet added, to be on its way.
+    """
     inside = mask & (s + WIDTH - 1 < stop)
     row_x = load_row(x, i, x_t, inside)
-    row_dy = load_row(dy, i, dy_t, inside) if FORWARD else row_x
+    pair = load_pair(dy, more, i, dy_t, inside) if FORWARD else (row_x, row_x)
     inside = mask & (s >= 0) & (s < stop)
-    row_reverse = load_row(dy_reverse, i, dy_t, inside) if REVERSE else row_x
-    return row_x, row_dy, row_reverse
+    reverse = load_pair(dy_reverse, more_reverse, i, dy_t, inside) if REVERSE else (row_x, row_x)
+    return row_x, pair, reverse
+
+
+@triton.jit
+def load_pair(dy, more, i, dy_t, inside):
+    """The i-th rows of both; of one twice, if there is no other."""
+    row = load_row(dy, i, dy_t, inside)
+    return row, row if more is None else load_row(more, i, dy_t, inside)
+
+
+@triton.jit
+def sum_of(pair, more):
+    total = pair[0].to(tl.float32)
+    return total if more is None else total + pair[1].to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["frames", "tile"])  # one build for every number of frames
 def backward_kernel(
-    x, weight, bias, lengths, dy,
+    x, weight, bias, lengths, dy, more,
     dx, partial,
     frames, channels, tile, x_b, x_t, dy_d, dy_b, dy_t,
     WIDTH: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, SILU: tl.constexpr,
     CHUNK: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dx (B, T, D) over both directions; partial (B x tiles, directions, K + 1, D) dweight, dbias.
+
+    more: None, or as dy, to be added to it.
 
     With d_t the gradient of pre_t, sums over k:
 
@@ -183,6 +200,11 @@ def backward_kernel(
     dy += b * dy_b + d
     dy_reverse = row_at(dy, first, dy_t)
     dy = row_at(dy, newest, dy_t)
+    more_reverse = more
+    if more is not None:
+        more += b * dy_b + d
+        more_reverse = row_at(more, first, dy_t) + (dy_d if FORWARD else 0)
+        more = row_at(more, newest, dy_t)
     dx = row_at(dx + b * frames * channels + d, first, channels)
     zero = tl.zeros([CHANNELS], tl.float32)
     # Without a direction its tuples stay empty; they are named all the same, for the loop.
@@ -205,36 +227,43 @@ def backward_kernel(
         window = window + (row_x.to(tl.float32),)
     for i in tl.static_range(1 - WIDTH, 0):
         row_x, row_dy, row_reverse = backward_rows(
-            x, dy, dy_reverse, i, first + i, stop, x_t, dy_t, mask, WIDTH, FORWARD, REVERSE
-        )
+            x, dy, dy_reverse, more, more_reverse, i, first + i, stop, x_t, dy_t, mask,
+            WIDTH, FORWARD, REVERSE,
+        )  # fmt: skip
         window = window + (row_x.to(tl.float32),)
         if FORWARD:
-            ds = ds + (through_activation(row_dy, convolve(taps, window, WIDTH, False), SILU),)
+            pre = convolve(taps, window, WIDTH, False)
+            ds = ds + (through_activation(sum_of(row_dy, more), pre, SILU),)
         if REVERSE:
             pre = convolve(taps_reverse, window, WIDTH, True)
-            ds_reverse = ds_reverse + (through_activation(row_reverse, pre, SILU),)
+            ds_reverse = ds_reverse + (through_activation(sum_of(row_reverse, more), pre, SILU),)
         window = window[1:]
 
     rows = ()
     for i in tl.static_range(CHUNK):
         rows = rows + backward_rows(
-            x, dy, dy_reverse, i, first + i, stop, x_t, dy_t, mask, WIDTH, FORWARD, REVERSE
-        )
+            x, dy, dy_reverse, more, more_reverse, i, first + i, stop, x_t, dy_t, mask,
+            WIDTH, FORWARD, REVERSE,
+        )  # fmt: skip
     for s in range(first, last, CHUNK):
         x += CHUNK * x_t
         dy += CHUNK * dy_t
         dy_reverse += CHUNK * dy_t
+        if more is not None:
+            more += CHUNK * dy_t
+            more_reverse += CHUNK * dy_t
         ahead = ()
         for i in tl.static_range(CHUNK):
             ahead = ahead + backward_rows(
-                x, dy, dy_reverse, i, s + CHUNK + i, stop, x_t, dy_t, mask, WIDTH, FORWARD, REVERSE
-            )
+                x, dy, dy_reverse, more, more_reverse, i, s + CHUNK + i, stop, x_t, dy_t, mask,
+                WIDTH, FORWARD, REVERSE,
+            )  # fmt: skip
         for i in tl.static_range(CHUNK):
             window = window + (rows[3 * i].to(tl.float32),)
             dx_s = zero
             if FORWARD:
                 pre = convolve(taps, window, WIDTH, False)
-                ds = ds + (through_activation(rows[3 * i + 1], pre, SILU),)
+                ds = ds + (through_activation(sum_of(rows[3 * i + 1], more), pre, SILU),)
                 added = ()
                 for k in tl.static_range(WIDTH):
                     dx_s += taps[k] * ds[WIDTH - 1 - k]
@@ -243,7 +272,8 @@ def backward_kernel(
                 ds = ds[1:]
             if REVERSE:
                 pre = convolve(taps_reverse, window, WIDTH, True)
-                ds_reverse = ds_reverse + (through_activation(rows[3 * i + 2], pre, SILU),)
+                d_s = through_activation(sum_of(rows[3 * i + 2], more), pre, SILU)
+                ds_reverse = ds_reverse + (d_s,)
                 added = ()
                 for k in tl.static_range(WIDTH):
                     dx_s += taps_reverse[k] * ds_reverse[k]
