@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import print_report
 from modules import digests
+from modules.command import count, plain_errors
 from modules.optimizers import parameter_groups
 
 
@@ -60,7 +61,7 @@ def measure(path, repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument(
         "--minutes", type=float, default=30, help="interval (ckpt_interval_minutes)"
     )
@@ -79,4 +80,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from benchmarks.models import SIZES, batch_size, build, encode, make_batch, training_step
+from modules.command import count, plain_errors
 from modules.ops import selective_scan
 from modules.search import ctc_greedy
 
@@ -87,9 +88,9 @@ def parse():
     parser.add_argument("--models", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--utterance", type=float, default=16.0, metavar="SECONDS")
     parser.add_argument("--batch", type=batch_size, default=(4, 8.0), metavar="NxS")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=count, default=2)
     parser.add_argument("--clock", default="wall", choices=measure.CLOCKS, help=measure.CLOCK_HELP)
-    parser.add_argument("--rounds", type=int, default=4, help="the first also warms up")
+    parser.add_argument("--rounds", type=count, default=4, help="the first also warms up")
     return parser.parse_args()
 
 
@@ -115,4 +116,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

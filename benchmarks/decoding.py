@@ -22,6 +22,7 @@ from hyperpyyaml import load_hyperpyyaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
+from modules.command import count, plain_errors
 from modules.search import JointBeamSearch
 
 RECIPES = {"mamba": "conmambamamba", "transformer": "conmamba"}
@@ -113,13 +114,13 @@ def parse():
     parser.add_argument("--size", choices=["large", "small", "tiny"])
     parser.add_argument("--decoders", nargs="+", default=list(RECIPES), choices=RECIPES)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--beam", type=int, default=10)
-    parser.add_argument("--frames", type=int, help="of the memory; 25 a second")
-    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--batch", type=count, default=8)
+    parser.add_argument("--beam", type=count, default=10)
+    parser.add_argument("--frames", type=count, help="of the memory; 25 a second")
+    parser.add_argument("--tokens", type=count)
     parser.add_argument("--lengths", type=int, nargs="*")
     parser.add_argument("--reference", action="store_true", help="SpeechBrain's search too")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=count, default=10)
     parser.add_argument("--limit", type=float, default=6.0, help="seconds a row, roughly")
     options = parser.parse_args()
     cuda = torch.device(options.device).type == "cuda"
@@ -146,4 +147,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from modules import launch
+from modules.command import count, plain_errors
 from modules.data import (
     eval_loader_options,
     hours,
@@ -87,7 +88,7 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recipe", default="hparams/CTC/conmamba_small.yaml", metavar="YAML")
-    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="timed, of each way")
+    parser.add_argument("--epochs", type=count, default=10, metavar="N", help="timed, of each way")
     return parser.parse_known_args()
 
 
@@ -120,4 +121,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import measure
 from inference import Recognizer
 from inference.onnx import OnnxRecognizer
+from modules.command import count, plain_errors
 
 COLUMNS = {
     "model": "<28",
@@ -35,8 +36,8 @@ def main():
     )
     parser.add_argument("models", nargs="+", help="packages, and files of export.py --to onnx")
     parser.add_argument("--data", required=True, metavar="DIR", help="a split, LibriSpeech layout")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="(1)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="the best counts (3)")
+    parser.add_argument("--threads", type=count, default=1, metavar="N", help="(1)")
+    parser.add_argument("--repeats", type=count, default=3, metavar="N", help="the best counts (3)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     utterances = split(Path(options.data))
@@ -108,4 +109,5 @@ def by_pytorch(recognizer):
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

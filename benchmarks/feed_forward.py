@@ -21,6 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
+from modules.command import count, plain_errors
 from modules.compilation import OPTIONS
 from modules.encoder_layer import FeedForward
 from modules.ops import kernels
@@ -77,11 +78,11 @@ def parse():
     parser.add_argument(
         "--batches", nargs="+", type=shape, default=[(32, 400), (1, 400)], metavar="NxT"
     )
-    parser.add_argument("--d_model", type=int, default=144)
-    parser.add_argument("--d_ffn", type=int, default=1024)
+    parser.add_argument("--d_model", type=count, default=144)
+    parser.add_argument("--d_ffn", type=count, default=1024)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--device", default=measure.best_device(), choices=["cuda", "cpu"])
-    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--repeats", type=count, default=100)
     parser.add_argument("--limit", type=float, default=1.0, help="seconds a timing may take")
     return parser.parse_args()
 
@@ -107,4 +108,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -35,6 +35,7 @@ from benchmarks.models import (
     encode,
     make_batch,
 )
+from modules.command import count, plain_errors
 
 PARTS = {
     # What each part measures. The Mamba decoder's recipe has ConMamba's encoder.
@@ -150,7 +151,7 @@ def parse():
     parser.add_argument(
         "--total", type=float, default=512, help="seconds of audio, of every length"
     )
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=count, default=10)
     parser.add_argument("--limit", type=float, default=1.0, help="seconds a row's repeats may take")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--device", default=measure.best_device())
@@ -195,4 +196,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -21,6 +21,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from modules.command import count, plain_errors
 from modules.lm.mamba_lm import MambaLM
 from modules.search.language import start_language_model
 
@@ -52,11 +53,11 @@ def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--tokens", type=int, nargs="+", default=[25, 100, 200])
-    p.add_argument("--hypotheses", type=int, default=10)
-    p.add_argument("--vocab", type=int, default=1000)
-    p.add_argument("--d_model", type=int, default=256)
-    p.add_argument("--layers", type=int, default=6)
+    p.add_argument("--tokens", type=count, nargs="+", default=[25, 100, 200])
+    p.add_argument("--hypotheses", type=count, default=10)
+    p.add_argument("--vocab", type=count, default=1000)
+    p.add_argument("--d_model", type=count, default=256)
+    p.add_argument("--layers", type=count, default=6)
     p.add_argument("--device", default="cpu")
     options = p.parse_args()
     torch.set_num_threads(1)
@@ -73,4 +74,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

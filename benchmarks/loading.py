@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from modules import launch
+from modules.command import count, plain_errors
 from modules.data import prepare_manifests, train_loader_options
 from modules.lengths import absolute
 from train_S2S import ASR, dataio_prepare
@@ -245,7 +246,7 @@ def parse():
     source.add_argument("--data_folder", help="a corpus in LibriSpeech's layout")
     source.add_argument("--synthetic", type=int, metavar="N", help="write N files of noise instead")
     parser.add_argument("--recipe", default="hparams/S2S/conmamba_large.yaml", metavar="YAML")
-    parser.add_argument("--steps", type=int, default=50, help="timed")
+    parser.add_argument("--steps", type=count, default=50, help="timed")
     parser.add_argument(
         "--warm_up", type=int, default=10, help="steps before, besides two for every worker"
     )
@@ -277,4 +278,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
+from modules.command import plain_errors
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 WARPS = 1, 2, 4
@@ -262,4 +263,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -31,6 +31,7 @@ from benchmarks.models import (
     make_batch,
     training_step,
 )
+from modules.command import count, plain_errors
 
 
 def at_most(events, within=lambda address: True):
@@ -99,7 +100,7 @@ def parse():
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--compile", choices=COMPILE_MODES)
     parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rows", type=int, default=60, help="of the table, at most")
+    parser.add_argument("--rows", type=count, default=60, help="of the table, at most")
     return parser.parse_args()
 
 
@@ -128,4 +129,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

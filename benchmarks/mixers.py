@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from modules.attention import RelPosAttention, RoPEAttention
+from modules.command import count, plain_errors
 from modules.compilation import OPTIONS
 from modules.mamba import BiMamba, Mamba
 from modules.mamba2 import BiMamba2, Mamba2
@@ -144,19 +145,19 @@ def parse():
     )
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS), choices=list(MIXERS))
     parser.add_argument("--shapes", nargs="+", type=shape, default=[(32, 400), (1, 12000)])
-    parser.add_argument("--d_model", type=int, default=512)
-    parser.add_argument("--num_heads", type=int, default=8)
+    parser.add_argument("--d_model", type=count, default=512)
+    parser.add_argument("--num_heads", type=count, default=8)
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--input", default="float32", choices=["float32", "bfloat16"],
                         help="type of the layer's input; a LayerNorm under autocast gives "
                         "float32")  # fmt: skip
     parser.add_argument("--device", default=measure.best_device())
-    parser.add_argument("--rounds", type=int, default=1, help="all mixers in turn, so often; of "
+    parser.add_argument("--rounds", type=count, default=1, help="all mixers in turn, so often; of "
                         "each number the least: for a busy machine")  # fmt: skip
     parser.add_argument("--clock", default="wall", choices=measure.CLOCKS, help=measure.CLOCK_HELP)
     parser.add_argument("--graph", action="store_true", help=measure.GRAPH_HELP)
     parser.add_argument("--compile", action="store_true", help="torch.compile, of every mixer")
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=count, default=50)
     parser.add_argument("--limit", type=float, default=2.0, help="seconds a timing")
     return parser.parse_args()
 
@@ -198,4 +199,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import compiled_loop, measure
+from modules.command import count, plain_errors
 from modules.ops.selective_scan import available_backends, selective_scan
 
 LOOP = "loop in C"
@@ -163,16 +164,16 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--frames", type=int, default=400)
-    parser.add_argument("--channels", type=int, default=512)
-    parser.add_argument("--states", type=int, default=16)
+    parser.add_argument("--batch", type=count, default=4)
+    parser.add_argument("--frames", type=count, default=400)
+    parser.add_argument("--channels", type=count, default=512)
+    parser.add_argument("--states", type=count, default=16)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     parser.add_argument("--clock", default="wall", choices=measure.CLOCKS, help=measure.CLOCK_HELP)
-    parser.add_argument("--repeats", type=int, default=5, help="a round")
-    parser.add_argument("--rounds", type=int, default=3, help="processes a backend, in turns")
+    parser.add_argument("--repeats", type=count, default=5, help="a round")
+    parser.add_argument("--rounds", type=count, default=3, help="processes a backend, in turns")
     parser.add_argument(
         "--check",
         action="store_true",
@@ -200,4 +201,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
+from modules.command import count, plain_errors
 from modules.ops.selective_scan import available_backends, selective_scan
 
 SHAPES = [(32, 1024, 400), (64, 288, 400), (1, 1024, 45000), (20, 288, 300)]  # B, D, T
@@ -92,9 +93,9 @@ def measure_backend(shape, options, dtype, backend):
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--states", type=int, default=16)
+    parser.add_argument("--states", type=count, default=16)
     parser.add_argument("--gate", action="store_true", help="with z, as in Mamba; BiMamba has none")
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=count, default=50)
     parser.add_argument("--limit", type=float, default=1.0, help="seconds a timing may take")
     parser.add_argument("--graph", action="store_true", help=measure.GRAPH_HELP)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
@@ -128,4 +129,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from inference import Recognizer, StreamingRecognizer
+from modules.command import count, plain_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKET = 0.02  # s
@@ -104,7 +105,7 @@ def parse():
     parser.add_argument("--model", default="causal", choices=["causal", "chunked"])
     parser.add_argument("--size", default="small", choices=["small", "tiny"])
     parser.add_argument("--hours", type=float, default=0.05, help="of audio, a row")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--threads", nargs="+", type=count, default=[1, 2])
     parser.add_argument("--chunks", nargs="+", type=float, default=[0.32], help="seconds")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
@@ -135,4 +136,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

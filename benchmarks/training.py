@@ -38,6 +38,7 @@ from benchmarks.models import (
     parameters,
     training_step,
 )
+from modules.command import count, plain_errors
 
 
 def measure_step(brain, number, seconds, options):
@@ -102,7 +103,7 @@ def parse():
     parser.add_argument(
         "--batches", nargs="+", type=batch_size, default=[(32, 16.0), (100, 5.0)], metavar="NxS"
     )
-    parser.add_argument("--steps", type=int, default=8, help="timed, after four to warm up")
+    parser.add_argument("--steps", type=count, default=8, help="timed, after four to warm up")
     parser.add_argument("--limit", type=float, default=2.0, help="seconds a row's timed steps take")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--device", default=measure.best_device())
@@ -144,4 +145,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

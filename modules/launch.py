@@ -10,6 +10,7 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
+from speechbrain.utils.checkpoints import CKPT_PREFIX
 
 from modules.checks import check_objects, check_values
 from modules.errors import Stopped, UserError
@@ -133,6 +134,7 @@ def start(argv):
     values = top_level(path, overrides)
     check_values(values, run_opts)
     check_compilation(run_opts, values.get("scan_backend", "auto"))
+    check_debugging(run_opts, values)
     # The process group comes first: what the YAML file creates may ask for the rank.
     sb.utils.distributed.ddp_init_group(run_opts)
     hparams = load(path, overrides)
@@ -153,6 +155,23 @@ def on_main(function, *args, **kwargs):
         torch.distributed.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise UserError(failure[0])
+
+
+def check_debugging(run_opts, values):
+    """UserError where --debug finds no checkpoint, or would write over a training's results."""
+    if not run_opts.debug or run_opts.debug_persistently:
+        return
+    if values.get("skip_train") and not values.get("resume"):
+        raise UserError(
+            "--debug has checkpoints in a temporary folder alone, so there is none to test; add "
+            "--resume OUTPUT_FOLDER and another --output_folder, or --debug_persistently"
+        )
+    folder = Path(str(values.get("save_folder", "")))
+    if any(folder.glob(f"{CKPT_PREFIX}+*")):
+        raise UserError(
+            f"{folder} holds a training's checkpoints, and --debug would write its own summary and "
+            "wer_*.txt over that training's; give another --output_folder"
+        )
 
 
 def check_compilation(run_opts, scan_backend):

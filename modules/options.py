@@ -72,6 +72,8 @@ RUN_OPTIONS = {
     n: v for n, v in RunOptions().as_dict().items() if n in HELP_TEXTS and n not in REPLACED_OPTIONS
 }
 HELP = HELP_TEXTS | {
+    "debug": "Two batches of two epochs and of each test set, to see that all of it runs, with "
+    "checkpoints in a temporary folder.",
     "compile": "On CUDA: compile the layers with torch.compile.",
     "compile_mode": "default, or reduce-overhead: CUDA graphs too (training: one GPU).",
 }
@@ -82,7 +84,7 @@ SECONDS = ("max_batch_length_train", "max_batch_length_val")  # may be fractions
 
 def nearest(word, known):
     """' did you mean ...?' for the closest of the known words, or ''."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -137,7 +137,7 @@ def summary(path, hparams, brain, train_hours, tests):
         "",
         f"transcripts  {folder}/wer_<test set>.txt",
         f"log          {folder}/train_log.txt",
-        f"checkpoints  {hparams['save_folder']}",
+        f"checkpoints  {brain.checkpointer.checkpoints_dir}",
         "",
     ]
     return "\n".join(lines)

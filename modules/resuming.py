@@ -1,5 +1,6 @@
 """Runs that go on where they were stopped, to the bit: what is saved, when, and found again."""
 
+import hashlib
 import logging
 import math
 import time
@@ -138,6 +139,7 @@ class ResumingBrain(HalvingBrain):
         """Have every process's state ready for the main one to save."""
         self.find_unalignable()
         state = {
+            "tokens": self.tokens_digest(),
             "batches": self.train_sampler.digest,
             "generators": generator_states(),
             "avg_train_loss": self.avg_train_loss,
@@ -147,6 +149,10 @@ class ResumingBrain(HalvingBrain):
             "unread": self.unread,
         }
         self.ranks.states = self.of_ranks(state)
+
+    def tokens_digest(self):
+        """Of the tokens in their order, which the heads' outputs stand for."""
+        return hashlib.sha256("\n".join(self.hparams.tokenizer.labels).encode()).hexdigest()
 
     def stop(self):
         raise Stopped(
@@ -271,6 +277,23 @@ class ResumingBrain(HalvingBrain):
                     "give the options it was trained with (hyperparams.yaml in its output "
                     "folder), or a new --output_folder"
                 )
+        self.check_tokens(start)
+
+    def check_tokens(self, start):
+        """UserError when a checkpoint's outputs stand for other tokens, or in another order.
+
+        Those of before tokens had a digest, and converted ones, are taken at their word.
+        """
+        ranks = RankStates()
+        if "ranks" in start.paramfiles:
+            ranks.load(start.paramfiles["ranks"], end_of_epoch=True)
+        digest = self.tokens_digest()
+        if any(state.get("tokens", digest) != digest for state in ranks.states):
+            raise UserError(
+                f"the model in {start.path} was trained with other tokens, or in another order; "
+                "give the --alphabet, or the folder's tokenizer.ckpt, that it was trained with "
+                "(hyperparams.yaml in its output folder), or a new --output_folder without --resume"
+            )
 
     def check_space(self):
         """UserError unless the disk takes all checkpoints that this run will have at a time."""

@@ -25,9 +25,12 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets=None):
         self.service.drain()
         log.info("stopping; %(queue)d requests and %(streams)d streams may end", self.service.open)
-        deadline = asyncio.get_running_loop().time() + self.drain_seconds
-        while self.service.open["streams"] and asyncio.get_running_loop().time() < deadline:
+        # The socket stays open: whoever comes now is told 503, and /ready says so to balancers.
+        left = self.drain_seconds
+        while any(self.service.open.values()) and left > 0:
             await asyncio.sleep(TICK)
+            left -= TICK
+        self.config.timeout_graceful_shutdown = max(left, 1)  # for answers on their way
         await super().shutdown(sockets)
 
 

@@ -37,6 +37,11 @@ def files_of(path, key):
     """The text files that a path stands for."""
     if path.is_file():
         return [path]
+    if path.exists() and not path.is_dir():
+        raise UserError(
+            f"{key}={path} is a pipe or a device, and text is read more than once; write it to a "
+            "file first"
+        )
     if not path.is_dir():
         raise UserError(f"{key}={path} is neither file nor folder; give text, a sentence a line")
     for pattern in ("*.trans.txt", "*.txt"):
