@@ -5,6 +5,7 @@ from speechbrain.lobes.features import Fbank
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from modules.errors import UserError
 from modules.fourier import short_time
 from modules.lengths import relative
 from modules.ops import log_mel
@@ -158,4 +159,9 @@ def standardize(normalize, x, lengths, epoch):
     known = normalize.norm_type == "global" and not normalize._should_update(epoch)
     if not (known and normalize.std_norm) or normalize.avoid_padding_norm:
         return normalize(x, relative(lengths, x.shape[1]), epoch)
+    if not normalize.glob_mean.numel():
+        raise UserError(
+            "the model has no statistics of its features, which norm_type=global wants; give the "
+            "--normalize options that it was trained with (hyperparams.yaml in its output folder)"
+        )
     return (x - normalize.glob_mean) / normalize.glob_std.clamp(min=normalize.epsilon)

@@ -201,6 +201,44 @@ def test_another_model_in_the_same_folder(straight):
     assert before == (runs.files_of(straight / "save"), (straight / "hyperparams.yaml").read_text())
 
 
+@pytest.mark.parametrize("skip_train", [False, True])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_another_order_of_the_alphabet(straight, tmp_path, resumed, skip_train):
+    """Of as many characters: everything fits, and every text would be wrong."""
+    before = runs.files_of(straight / "save")
+    folder = tmp_path / "run" if resumed else straight
+    options = {"resume": straight} if resumed else {}
+    with pytest.raises(UserError, match="trained with other tokens, or in another order"):
+        runs.train(
+            CTC,
+            folder,
+            number_of_epochs=3,
+            alphabet="ZYXWVUTSRQPONMLKJIHGFEDCBA '",
+            skip_train=skip_train,
+            **options,
+        )
+    assert before == runs.files_of(straight / "save")
+
+
+def test_debugging_does_not_write_over_a_training(straight, tmp_path):
+    before = runs.files_of(straight)
+    with pytest.raises(UserError, match="another --output_folder"):
+        runs.train(CTC, straight, "--debug")
+    with pytest.raises(UserError, match="there is none to test; add --resume"):
+        runs.train(CTC, straight, "--debug", skip_train=True)
+    assert before == runs.files_of(straight)
+    options = {"skip_train": True, "resume": straight}
+    runs.train(CTC, tmp_path / "run", "--debug", **options, **runs.PLAIN)
+    text = (tmp_path / "run/summary.txt").read_text()
+    assert f"checkpoints  {tmp_path}/run/save" not in text and "checkpoints  /" in text
+
+
+def test_statistics_that_were_never_taken(straight, tmp_path):
+    """Trained with each utterance's own, tested with a training's."""
+    with pytest.raises(UserError, match="no statistics of its features"):
+        runs.train(CTC, tmp_path / "run", skip_train=True, resume=straight)
+
+
 # ---- Checkpoints ----
 
 

@@ -134,6 +134,7 @@ def test_mistakes_are_told(text, tmp_path, capsys, monkeypatch):
     new = ["--output", tmp_path / "new.arpa"]
     for message, *arguments in (
         ("missing.txt is neither file nor folder", tmp_path / "missing.txt", *new),
+        ("/dev/null is a pipe or a device", "/dev/null", *new),
         ("holds no *.trans.txt and no *.txt", tmp_path / "nothing", *new),
         ("empty.txt holds no sentence", tmp_path / "empty.txt", *new),
         ("latin.txt, line 2 is no UTF-8", tmp_path / "latin.txt", *new),

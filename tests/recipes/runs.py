@@ -175,9 +175,9 @@ def own_logging():
         root.setLevel(level)
 
 
-def train(yaml_file, output_folder, **overrides):
+def train(yaml_file, output_folder, *switches, **overrides):
     """A whole run in this process; returns what it printed."""
-    argv = arguments(yaml_file, output_folder, **overrides)
+    argv = [*arguments(yaml_file, output_folder, **overrides), *switches]
     with own_logging(), contextlib.redirect_stdout(io.StringIO()) as printed:
         SCRIPTS[recipe_of(yaml_file)].main(argv)
     return printed.getvalue()

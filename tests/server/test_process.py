@@ -10,7 +10,7 @@ import pytest
 
 import serve as script
 from tests.recipes.causal import causal_package, speech
-from tests.server.servers import Process, metric, post, until
+from tests.server.servers import Process, metric, post, status, until
 from tests.server.test_transcriptions import recording
 
 
@@ -32,6 +32,9 @@ def test_sigterm_lets_what_runs_end():
         running = [clients.submit(post, server.url, long) for _ in range(2)]
         until(lambda: metric(server.url, "queue") == 2)
         server.process.send_signal(signal.SIGTERM)
+        until(lambda: status(f"{server.url}/ready") == 503)  # to whoever comes now
+        answer, headers, _ = post(server.url, long)
+        assert answer == 503 and int(headers["Retry-After"]) > 0
         found = [r.result() for r in running]
     assert server.process.wait(60) == 0
     assert [f[0] for f in found] == [200] * 2
