@@ -140,6 +140,8 @@ class Latency:
 
 def main():
     options = parser().parse_args()
+    if hasattr(sys.stdout, "reconfigure"):  # a letter that it cannot show ends no stream
+        sys.stdout.reconfigure(errors="backslashreplace")
     with plain_errors():
         status = run(options)
     sys.exit(status)

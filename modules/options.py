@@ -122,7 +122,11 @@ def top_level(path, overrides=None):
 
 def load(path, overrides):
     """The YAML file's keys, with its objects made; UserError for what cannot be."""
-    return Keys(path, load_objects(path, overrides))
+    try:
+        return Keys(path, load_objects(path, overrides))
+    except OSError as error:  # of the checkpoints' folder, which its object makes
+        where = error.filename or path
+        raise UserError(f"{where}: {error.strerror or error}; give another place") from None
 
 
 def read_options(argv, defaults):

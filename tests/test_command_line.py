@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import re
 import signal
 import subprocess
@@ -45,6 +46,14 @@ def test_missing_yaml_names_the_nearest(capfd, monkeypatch):
     assert status == 2
     assert "there is no file hparams/CTC/conmamba_tinny.yaml" in err
     assert "did you mean hparams/CTC/conmamba_tiny.yaml?" in err
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="a folder that takes no folders")
+def test_a_place_that_takes_no_folder(capfd, monkeypatch):
+    words = runs.arguments("CTC/conmamba_tiny.yaml", "/proc/nowhere")
+    status, _, err = call(capfd, monkeypatch, "CTC", words)
+    assert status == 2 and "Traceback" not in err
+    assert "error: /proc/nowhere: " in err and "give another place" in err
 
 
 def test_yaml_must_come_first(capfd, monkeypatch):
