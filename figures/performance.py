@@ -1,5 +1,7 @@
 """Plots from the JSON lines that the benchmarks end with, collected in docs/performance.json."""
 
+from functools import partial
+
 import matplotlib.pyplot as plt
 from matplotlib.ticker import ScalarFormatter
 
@@ -45,10 +47,11 @@ def lines(ax, rows, x, y):
 def draw_lengths(reports):
     """Time and memory of an encoder's training step against utterance length, or None.
 
-    Rows: benchmarks/inference.py, part "lengths"; every batch holds the same audio. Memory is
-    left out where it was not measured, as on the CPU.
+    Rows: benchmarks/inference.py, part "lengths", each model's last; every batch holds the same
+    audio. Memory is left out where it was not measured, as on the CPU.
     """
-    rows = newest(reports, "inference", ("seconds", "ms"), part="lengths")
+    wanted = partial(newest, reports, "inference", ("seconds", "ms"), part="lengths")
+    rows = [row for model in NAMES for row in wanted(model=model)]
     if not rows:
         return None
     measured = [row for row in rows if row.get("peak_gb") is not None]

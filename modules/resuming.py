@@ -4,21 +4,15 @@ import hashlib
 import logging
 import math
 import time
-from pathlib import Path
 
 import speechbrain as sb
-import torch
-from speechbrain.utils.checkpoints import (
-    mark_as_loader,
-    mark_as_saver,
-    register_checkpoint_hooks,
-)
 from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 
 from modules.checkpoints import newest, resumable
 from modules.errors import Stopped, UserError
 from modules.launch import on_main
 from modules.memory import HalvingBrain
+from modules.progress import Clock, RankStates
 from modules.randomness import generator_states, set_generator_states
 from modules.signals import StopRequest
 from modules.tensors import load_tensors
@@ -26,45 +20,7 @@ from modules.workers import Restarting, end_workers
 
 logger = logging.getLogger(__name__)
 
-
-@register_checkpoint_hooks
-class RankStates:
-    """What each process has of its own, as plain data: [state of rank 0, of rank 1, ...]."""
-
-    def __init__(self):
-        self.states = []
-
-    @mark_as_saver
-    def save(self, path):
-        torch.save(self.states, path)
-
-    @mark_as_loader
-    def load(self, path, end_of_epoch):
-        self.states = torch.load(path, weights_only=True)
-
-
-@register_checkpoint_hooks
-class Clock:
-    """Minutes that a training takes, all its processes together; nan where some are not known.
-
-    It goes on from the checkpoint that is read: work that was done and not saved does not count.
-    """
-
-    def __init__(self):
-        self.before, self.since = 0.0, time.monotonic()
-
-    @property
-    def minutes(self):
-        return self.before + (time.monotonic() - self.since) / 60
-
-    @mark_as_saver
-    def save(self, path):
-        Path(path).write_text(f"{self.minutes}\n", encoding="utf-8")
-
-    @mark_as_loader
-    def load(self, path, end_of_epoch):
-        self.before = float(Path(path).read_text(encoding="utf-8"))
-        self.since = time.monotonic()
+FEATURES = ("sample_rate", "n_fft", "win_length", "hop_length")  # n_mels is a shape of the model's
 
 
 class ResumingBrain(HalvingBrain):
@@ -139,7 +95,7 @@ class ResumingBrain(HalvingBrain):
         """Have every process's state ready for the main one to save."""
         self.find_unalignable()
         state = {
-            "tokens": self.tokens_digest(),
+            "meaning": self.meaning(),
             "batches": self.train_sampler.digest,
             "generators": generator_states(),
             "avg_train_loss": self.avg_train_loss,
@@ -150,9 +106,11 @@ class ResumingBrain(HalvingBrain):
         }
         self.ranks.states = self.of_ranks(state)
 
-    def tokens_digest(self):
-        """Of the tokens in their order, which the heads' outputs stand for."""
-        return hashlib.sha256("\n".join(self.hparams.tokenizer.labels).encode()).hexdigest()
+    def meaning(self):
+        """What the model's inputs and outputs stand for, which no shape tells: {name: value}"""
+        labels = "\n".join(self.hparams.tokenizer.labels)
+        features = {name: getattr(self.hparams, name, None) for name in FEATURES}
+        return {"tokens": hashlib.sha256(labels.encode()).hexdigest(), **features}
 
     def stop(self):
         raise Stopped(
@@ -277,22 +235,26 @@ class ResumingBrain(HalvingBrain):
                     "give the options it was trained with (hyperparams.yaml in its output "
                     "folder), or a new --output_folder"
                 )
-        self.check_tokens(start)
+        self.check_meaning(start)
 
-    def check_tokens(self, start):
-        """UserError when a checkpoint's outputs stand for other tokens, or in another order.
+    def check_meaning(self, start):
+        """UserError when a checkpoint was trained on other features, or for other tokens.
 
-        Those of before tokens had a digest, and converted ones, are taken at their word.
+        Those of before this was saved, and converted ones, are taken at their word.
         """
         ranks = RankStates()
         if "ranks" in start.paramfiles:
             ranks.load(start.paramfiles["ranks"], end_of_epoch=True)
-        digest = self.tokens_digest()
-        if any(state.get("tokens", digest) != digest for state in ranks.states):
+        ours = self.meaning()
+        theirs = ranks.states[0].get("meaning", ours) if ranks.states else ours
+        told = [f"{n}={theirs[n]} (here {ours[n]})" for n in FEATURES if theirs[n] != ours[n]]
+        if theirs["tokens"] != ours["tokens"]:
+            told.append("other tokens, or in another order (--alphabet, tokenizer.ckpt)")
+        if told:
             raise UserError(
-                f"the model in {start.path} was trained with other tokens, or in another order; "
-                "give the --alphabet, or the folder's tokenizer.ckpt, that it was trained with "
-                "(hyperparams.yaml in its output folder), or a new --output_folder without --resume"
+                f"the model in {start.path} was trained with {', '.join(told)}; give what it was "
+                "trained with (hyperparams.yaml in its output folder), or train anew in another "
+                "--output_folder, without --resume"
             )
 
     def check_space(self):

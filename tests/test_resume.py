@@ -203,20 +203,18 @@ def test_another_model_in_the_same_folder(straight):
 
 @pytest.mark.parametrize("skip_train", [False, True])
 @pytest.mark.parametrize("resumed", [False, True])
-def test_another_order_of_the_alphabet(straight, tmp_path, resumed, skip_train):
-    """Of as many characters: everything fits, and every text would be wrong."""
+def test_other_features_or_another_order_of_the_alphabet(straight, tmp_path, resumed, skip_train):
+    """Of the same sizes: everything fits, and every text would be wrong."""
     before = runs.files_of(straight / "save")
     folder = tmp_path / "run" if resumed else straight
-    options = {"resume": straight} if resumed else {}
-    with pytest.raises(UserError, match="trained with other tokens, or in another order"):
-        runs.train(
-            CTC,
-            folder,
-            number_of_epochs=3,
-            alphabet="ZYXWVUTSRQPONMLKJIHGFEDCBA '",
-            skip_train=skip_train,
-            **options,
-        )
+    options = {"number_of_epochs": 3, "skip_train": skip_train}
+    options |= {"resume": straight} if resumed else {}
+    for message, change in (
+        ("with other tokens, or in another order", {"alphabet": "ZYXWVUTSRQPONMLKJIHGFEDCBA '"}),
+        (r"with hop_length=10 \(here 8\); give what", {"hop_length": 8}),
+    ):
+        with pytest.raises(UserError, match=message):
+            runs.train(CTC, folder, **options, **change)
     assert before == runs.files_of(straight / "save")
 
 
