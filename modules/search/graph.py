@@ -53,11 +53,17 @@ def run(step, max_tokens):
     cuda = step.beams.tokens.is_cuda
     replay = step
     for token in range(max_tokens):
-        if cuda and token == (1 if recorded(step) else WARM_UP) and capturable(step):
+        if cuda and replay is step and due(step, token):
             replay = capture(step)
         replay()
         if (not cuda or (token + 1) % CHECK_EVERY == 0) and bool(step.beams.done()):
             break
+
+
+def due(step, token):
+    """Whether the step of this token is to be recorded."""
+    warm = token == WARM_UP or (token == 1 and recorded(step))
+    return warm and capturable(step)
 
 
 def capturable(step):
