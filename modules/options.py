@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import inspect
 import math
+import pydoc
 import re
 from pathlib import Path
 
@@ -132,7 +134,8 @@ def load(path, overrides):
 def read_options(argv, defaults):
     """The command line's run options and its overrides of the YAML file's keys."""
     run_words, overrides = [], {}
-    for name, values in pair(argv[1:], {*defaults, *RUN_OPTIONS, *LIST_OPTIONS}):
+    known = {*defaults, *RUN_OPTIONS, *LIST_OPTIONS}
+    for name, values in pair(argv[1:], known, defaults):
         if name in LIST_OPTIONS:
             run_words += [f"--{name}", *values]
         elif name in RUN_OPTIONS:
@@ -151,14 +154,32 @@ def read_options(argv, defaults):
     return run_opts, overrides
 
 
-def pair(words, known):
+def owners(name, defaults):
+    """The keys whose objects take an argument of that name."""
+    found = []
+    for key, value in defaults.items():
+        tag = re.match("!(?:new|name):(.+)", value.node.tag if isinstance(value, Wiring) else "")
+        try:
+            parameters = inspect.signature(pydoc.locate(tag[1])).parameters if tag else ()
+        except (TypeError, ValueError, pydoc.ErrorDuringImport):
+            continue  # none such, or it does not tell
+        if name in parameters:
+            found.append(key)
+    return found
+
+
+def pair(words, known, defaults):
     """Words to options with their values: [(name, [value, ...])]; a flag has none."""
     pairs = []
     for word in words:
         if word.startswith("--"):
             name, equals, value = word.removeprefix("--").partition("=")
             if name not in known:
-                raise UserError(f"unknown option --{name}{nearest(name, sorted(known))}")
+                remedy = nearest(name, sorted(known))
+                if within := owners(name, defaults):
+                    example = f'--{within[0]} "{{{name}: VALUE}}"'
+                    remedy = f"; it is an argument of {' and '.join(within)}: {example}"
+                raise UserError(f"unknown option --{name}{remedy}")
             pairs.append((name, [value] if equals else []))
         elif pairs and takes_value(*pairs[-1]):
             pairs[-1][1].append(word)

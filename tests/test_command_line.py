@@ -69,6 +69,7 @@ def test_yaml_must_come_first(capfd, monkeypatch):
         (["--lr_modle=1"], "did you mean lr_model?"),
         (["--max_grad_nrom", "1"], "did you mean max_grad_norm?"),
         (["--zzz"], "unknown option --zzz"),
+        (["--num_layers", "2"], 'an argument of encoder: --encoder "{num_layers: VALUE}"'),
         (["16"], "unexpected '16'; options look like --key value"),
         (["--d_model"], "--d_model needs a value"),
         (["--d_model", "--seed", "1"], "--d_model needs a value"),
