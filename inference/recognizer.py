@@ -172,6 +172,8 @@ def change_search(config, folder, beam_size, lm, lm_weight, word_bonus):
     if lm_weight is not None:
         config["lm_weight"] = lm_weight
     if "decoder" in parts:
+        if lm is not None and not Path(lm).exists():
+            raise UserError(f"lm={lm}: there is no such folder")
         if lm is not None and not Path(lm).is_dir():
             raise UserError(
                 f"lm={lm}: this model has a decoder, and a word n-gram goes with CTC models alone; "

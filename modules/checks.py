@@ -15,7 +15,7 @@ POSITIVE = (
     "max_nonfinite_steps shard_streams shard_window max_batch_tokens max_tokens num_layers "
     "d_model num_encoder_layers num_decoder_layers d_ffn d_state expand d_conv nhead kernel_size "
     "cnn_channels_1 cnn_channels_2 output_neurons valid_search_interval valid_beam_size "
-    "test_beam_size sample_rate n_fft win_length hop_length n_mels"
+    "test_beam_size sample_rate n_fft win_length hop_length n_mels temperature temperature_lm"
 )
 SHARES = (
     "dropout mixer_dropout drop_path ema_decay inter_ctc_weight ctc_weight label_smoothing "

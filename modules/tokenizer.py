@@ -96,7 +96,10 @@ class SubwordTokenizer:
 
         UserError, with nothing written, when the text is too small for so many units.
         """
-        model = io.BytesIO()
+        model, texts = io.BytesIO(), list(texts)
+        characters = len({"\u2581"}.union(*(text.replace(" ", "") for text in texts)))
+        if self.model_type == "char" and characters + len(SPECIAL) > self.vocab_size:
+            raise UserError(self._other_size(characters + len(SPECIAL)))
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(texts),
@@ -126,13 +129,16 @@ class SubwordTokenizer:
             ) from None
         units = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
         if units != self.vocab_size:  # char and word: no more than the text has
-            raise UserError(
-                f"these transcripts have {units} units of token_type={self.model_type}, and "
-                f"output_neurons is {self.vocab_size}; set --output_neurons {units}"
-            )
+            raise UserError(self._other_size(units))
         with whole(path) as beside:
             beside.write_bytes(model.getvalue())
         self.load(path)
+
+    def _other_size(self, units):
+        return (
+            f"these transcripts have {units} units of token_type={self.model_type}, and "
+            f"output_neurons is {self.vocab_size}; set --output_neurons {units}"
+        )
 
     @property
     def labels(self):

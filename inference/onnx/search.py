@@ -84,5 +84,5 @@ def token_spans(tokens, log_probs):
             _, end, posterior = spans.get(place // 2, (t, t + 1, 0.0))
             now = min(float(np.exp(emitted[t, place])), 1.0)
             spans[place // 2] = (t, end, max(posterior, now))
-        place -= moves[t, place]
+        place -= int(moves[t, place])  # its int8 holds no place
     return [spans[i] for i in range(len(tokens))]

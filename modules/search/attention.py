@@ -80,13 +80,17 @@ class JointBeamSearch(nn.Module):
                 f"blank_index={blank_index}, bos_index={bos_index}, eos_index={eos_index}: "
                 "they must differ and blank must be 0"
             )
-        if beam_size < 1:
-            raise ValueError(f"beam_size={beam_size} must be at least 1, which is greedy search")
-        if not 0 <= min_decode_ratio <= max_decode_ratio:
+        if not isinstance(beam_size, int) or beam_size < 1:
+            raise ValueError(
+                f"beam_size={beam_size} must be a whole number, at least 1, which is greedy search"
+            )
+        if not 0 <= min_decode_ratio <= max_decode_ratio or max_decode_ratio == 0:
             raise ValueError(
                 f"min_decode_ratio={min_decode_ratio}, max_decode_ratio={max_decode_ratio}: "
-                "use 0 <= min <= max"
+                "use 0 <= min <= max, and max above 0"
             )
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} must be positive")
         super().__init__()
         self.decoder, self.head, self.ctc_head = decoder, head, ctc_head
         self.bos_index, self.eos_index, self.blank_index = bos_index, eos_index, blank_index

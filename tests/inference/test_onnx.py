@@ -126,9 +126,10 @@ def test_the_beam_search_is_the_packages(pruning, sharpness):
 
 
 def test_tokens_are_aligned_as_the_package_does():
-    for seed in range(20):
-        log_probs = posteriors(25, 9, 2.0, seed)
-        tokens = np.random.default_rng(seed).integers(3, 9, size=seed % 9).tolist()
+    for seed in range(21):
+        frames, size = (25, seed % 9) if seed < 20 else (400, 130)
+        log_probs = posteriors(frames, 9, 2.0, seed)
+        tokens = np.random.default_rng(seed).integers(3, 9, size=size).tolist()
         expected = align.token_spans(tokens, log_probs)
         found = token_spans(tokens, log_probs.numpy())
         assert [s[:2] for s in found] == [s[:2] for s in expected]

@@ -175,6 +175,9 @@ def test_a_language_model_can_be_replaced():
         ({"blank_index": 3}, "blank must be 0"),
         ({"eos_index": 1}, "must differ"),
         ({"beam_size": 0}, "beam_size=0"),
+        ({"beam_size": 2.5}, "beam_size=2.5 must be a whole number"),
+        ({"temperature": 0}, "temperature=0 must be positive"),
+        ({"max_decode_ratio": 0}, "max above 0"),
         ({"min_decode_ratio": 0.6, "max_decode_ratio": 0.5}, "0 <= min <= max"),
     ],
 )
