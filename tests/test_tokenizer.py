@@ -36,6 +36,6 @@ def test_too_few_units_for_the_characters(tmp_path):
 @pytest.mark.parametrize("size", [6, 9])
 def test_a_unit_for_every_character_and_no_other(tmp_path, size):
     """SentencePiece would leave the rarest out, and every text that has them is then refused."""
-    with pytest.raises(UserError, match="have 7 units of token_type=char.*--output_neurons 7"):
+    with pytest.raises(UserError, match=r"have 7 units of token_type=char.*--output_neurons 7"):
         SubwordTokenizer(size, "char").train(["ABA ABA", "BAC"] * 50, tmp_path / "tokenizer.ckpt")
     assert not list(tmp_path.iterdir())
