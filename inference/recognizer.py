@@ -172,7 +172,7 @@ def change_search(config, folder, beam_size, lm, lm_weight, word_bonus):
     if lm_weight is not None:
         config["lm_weight"] = lm_weight
     if "decoder" in parts:
-        if lm is not None and not Path(lm).exists():
+        if lm is not None and not Path(lm).exists() and not Path(lm).suffix:  # no file's name
             raise UserError(f"lm={lm}: there is no such folder")
         if lm is not None and not Path(lm).is_dir():
             raise UserError(

@@ -314,6 +314,7 @@ def test_mistakes_are_told_before_work(ctc, s2s, folder, tmp_path, monkeypatch, 
         ("bonus a word goes with", a, "--model", s2s, "--word-bonus", 1),
         (f"{a} is a file, and here a package", a, "--model", a),
         ("n-gram goes with CTC models", a, "--model", s2s, "--lm", "a.arpa"),
+        ("lm=nowhere: there is no such folder", a, "--model", s2s, "--lm", "nowhere"),
     ):
         shown = call(monkeypatch, capsys, *arguments, status=2)
         assert message in shown.err and "Traceback" not in shown.err
