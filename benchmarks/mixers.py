@@ -7,7 +7,8 @@
 A shape is utterances x frames; all utterances have the full length. forward_ms is without
 gradients; forward_backward_ms and peak_mb are of a forward and a backward pass, peak_mb above
 parameters and input; ratio is forward_backward_ms over the first mixer's. Parameters are float32,
-the work is done under bf16 autocast. --compile compiles each mixer as training does.
+the work is done under bf16 autocast. --compile compiles each mixer, with
+training's options but for its one shape.
 
     BiMamba, Mamba         modules.mamba
     BiMamba2, Mamba2       modules.mamba2, with its own 64 states a channel
