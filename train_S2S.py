@@ -73,6 +73,12 @@ class ASR(ASRBrain):
         rates = self.error_rates() if self.wer.scores else {}
         return {"ACC": self.accuracy.summarize(), **rates}
 
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        super().on_stage_end(stage, stage_loss, epoch)
+        search = None if stage == sb.Stage.TRAIN else self.search_of(stage)
+        if search is not None:  # training may need the memory
+            search.release()
+
     def check_start(self):
         """Find out before training whether the language model can be used after it."""
         super().check_start()

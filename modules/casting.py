@@ -4,7 +4,9 @@ Autocast casts each weight where it is used: a launch of a few microseconds each
 step, and in the backward pass as many for the gradients. A recorded step repeats them all.
 """
 
+import copy
 import functools
+import itertools
 
 import torch
 from torch import nn
@@ -46,6 +48,18 @@ def weights_of_products(modules):
             attention = name.endswith(("in_proj_weight", "in_proj_bias"))
             if (product or attention) and not getattr(parameter, "full_precision", False):
                 yield name, parameter
+
+
+def copy_cast(modules, dtype):
+    """A copy of modules with weights of products in a dtype, which it shares all others with.
+
+    None: it shares all. -> the copy, its own weights, yet to be written, and those they stand for.
+    """
+    weights = [] if dtype is None else [weight for _, weight in weights_of_products(modules)]
+    copies = [nn.Parameter(torch.empty_like(w, dtype=dtype), requires_grad=False) for w in weights]
+    shared = {id(x): x for x in itertools.chain(modules.parameters(), modules.buffers())}
+    own = {id(weight): low for weight, low in zip(weights, copies, strict=True)}
+    return copy.deepcopy(modules, shared | own), copies, weights
 
 
 def sources_of_gradients(outputs, parameters):

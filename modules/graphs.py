@@ -6,6 +6,7 @@ each. A batch of a shape that came before is recorded, and replayed from then on
 """
 
 import logging
+import math
 import time
 
 import torch
@@ -36,7 +37,7 @@ class Graphs:
     def __init__(self, network, limit=256, before=None):
         self.network, self.limit, self.before = _without_cast_cache(network), limit, before
         self.graphs, self.seen = {}, set()
-        self.pool, self.ends = torch.cuda.graph_pool_handle(), {}
+        self.pool, self.ends = torch.cuda.graph_pool_handle(), Ends()
         self.stream = torch.cuda.Stream()  # one for all, as each costs a workspace
         self.seconds = 0.0
 
@@ -66,15 +67,6 @@ class Graphs:
     def _room(self, device):
         total = torch.cuda.get_device_properties(device).total_memory
         return len(self.graphs) < self.limit and torch.cuda.memory_reserved() < total / 2
-
-    def end(self, name, like):
-        """A tensor like another in the memory that a name stands for, whichever graph asks."""
-        memory = self.ends.get(name)
-        if memory is None or memory.dtype != like.dtype or memory.numel() < like.numel():
-            # Half as large again: shapes come in any order, and earlier graphs keep theirs.
-            room = like.numel() if memory is None else like.numel() * 3 // 2
-            self.ends[name] = memory = like.new_empty(room)
-        return memory[: like.numel()].view(like.shape)
 
     def report(self):
         """Say, once a graph has been made, what they took."""
@@ -154,17 +146,33 @@ class TrainingGraphs(Graphs):
             parameter.grad = gradient
 
 
+class Ends:
+    """What graphs begin from and end in: of one name in one memory, whichever graph asks."""
+
+    def __init__(self):
+        self.memories = {}
+
+    def __call__(self, name, x, shape=None):
+        """A tensor like another, or of a shape, in the memory that a name stands for."""
+        shape = x.shape if shape is None else shape
+        size, memory = math.prod(shape), self.memories.get(name)
+        if memory is None or memory.dtype != x.dtype or memory.numel() < size:
+            # Half as large again: shapes come in any order, and earlier graphs keep theirs.
+            self.memories[name] = memory = x.new_empty(size if memory is None else size * 3 // 2)
+        return memory[:size].view(shape)
+
+
 class _ForwardGraph:
     """A forward pass from and to the addresses of inputs and outputs."""
 
     def __init__(self, graphs, inputs):
         network = graphs.network
-        self.inputs = [graphs.end(("input", i), x).copy_(x) for i, x in enumerate(inputs)]
+        self.inputs = [graphs.ends(("input", i), x).copy_(x) for i, x in enumerate(inputs)]
         stream = graphs.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries settle here what they settle at first use
             outputs = network(*self.inputs)
-            self.outputs = [graphs.end(("output", i), y) for i, y in enumerate(outputs)]
+            self.outputs = [graphs.ends(("output", i), y) for i, y in enumerate(outputs)]
             del outputs
         torch.cuda.current_stream().wait_stream(stream)
         self.forward = torch.cuda.CUDAGraph()
@@ -177,15 +185,15 @@ class _Graph:
 
     def __init__(self, graphs, inputs):
         network = graphs.network
-        self.inputs = [graphs.end(("input", i), x).copy_(x) for i, x in enumerate(inputs)]
+        self.inputs = [graphs.ends(("input", i), x).copy_(x) for i, x in enumerate(inputs)]
         stream = graphs.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries settle here what they settle at first use
             outputs = network(*self.inputs)
-            self.outputs = [graphs.end(("output", i), y.detach()) for i, y in enumerate(outputs)]
+            self.outputs = [graphs.ends(("output", i), y.detach()) for i, y in enumerate(outputs)]
             self.learns = [y.requires_grad for y in outputs]
             learnt = [y for y in outputs if y.requires_grad]
-            self.doutputs = [graphs.end(("gradient", i), y.detach()) for i, y in enumerate(learnt)]
+            self.doutputs = [graphs.ends(("gradient", i), y.detach()) for i, y in enumerate(learnt)]
             graphs.differentiate(learnt, self.doutputs)
             del outputs, learnt
         torch.cuda.current_stream().wait_stream(stream)

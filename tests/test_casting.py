@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from modules.attention import RelPosAttention, RoPEAttention
-from modules.casting import sources_of_gradients, weights_of_products, with_weights_cast
+from modules.casting import (
+    copy_cast,
+    sources_of_gradients,
+    weights_of_products,
+    with_weights_cast,
+)
 from modules.decoder import Decoder, MambaDecoderLayer, TransformerDecoderLayer
 from modules.encoder import Encoder
 from modules.mamba import BiMamba, Mamba
@@ -118,3 +123,26 @@ def test_frozen_weights_ask_for_no_gradients():
 
 def names(encoder):
     return {name for name, _ in weights_of_products(encoder) if name.endswith(".weight")}
+
+
+@torch.no_grad()
+def test_a_copy_that_is_cast_gives_autocasts_numbers():
+    decoder = Decoder(30, 32, 64, 2, partial(MambaDecoderLayer, dropout=0.0)).eval()
+    copy, casts, weights = copy_cast(decoder, torch.bfloat16)
+    assert len(weights) == len(list(weights_of_products(decoder))) > 0
+    torch._foreach_copy_(casts, weights)
+    inputs = torch.randint(3, 30, (2, 9)), torch.tensor([9, 5]), torch.randn(2, 40, 32), LENGTHS
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(copy(*inputs)[0], decoder(*inputs)[0])
+    cast = {name for name, _ in weights_of_products(decoder)}
+    for (name, ours), theirs in zip(copy.named_parameters(), decoder.parameters(), strict=True):
+        assert (ours is theirs) == (name not in cast)
+        assert theirs.dtype == torch.float32
+
+
+def test_a_copy_that_is_not_cast_shares_all_weights():
+    decoder = Decoder(30, 32, 64, 1, MambaDecoderLayer)
+    copy, casts, weights = copy_cast(decoder, None)
+    assert not casts and not weights
+    pairs = zip(copy.parameters(), decoder.parameters(), strict=True)
+    assert copy is not decoder and all(ours is theirs for ours, theirs in pairs)

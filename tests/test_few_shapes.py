@@ -32,7 +32,7 @@ class Again:
 
     def __init__(self, owner, inputs):
         self.network, self.forward = owner.network, self
-        self.inputs = [owner.end(("input", i), x).copy_(x) for i, x in enumerate(inputs)]
+        self.inputs = [owner.ends(("input", i), x).copy_(x) for i, x in enumerate(inputs)]
         self.outputs = self.network(*self.inputs)
 
     def replay(self):

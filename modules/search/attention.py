@@ -19,7 +19,7 @@ class JointBeamSearch(nn.Module):
     The CTC term is the prefix score of Watanabe et al. 2017 (Hybrid CTC/attention, algorithm 2),
     of every token. The decoder reads each utterance's memory once; after that it advances by one
     token a step. Hypotheses live on the device, which is asked only now and then whether they are
-    finished. On CUDA the steps of a decoder of constant state are one graph.
+    finished. On CUDA a token is one graph where the decoder's state does not grow.
     Modules are shared, not copied: the searcher stands beside them in a YAML file and belongs in
     no checkpoint. An utterance's search ends with `beam_size` finished hypotheses, or when none
     is left.
@@ -118,9 +118,13 @@ class JointBeamSearch(nn.Module):
         """
         with graph.side_stream(memory.device):
             frames, max_tokens = self.sizes(lengths)
-            step = self.begin(memory, lengths, frames, max_tokens)
+            step = graph.begin(self, memory, lengths, frames, max_tokens)
             graph.run(step, max_tokens)
             return step.beams.best()
+
+    def release(self):
+        """Give back the memory of this thread's CUDA graphs; the next searches make new ones."""
+        graph.release(self)
 
     def limits(self, lengths):
         """Fewest and most tokens of each utterance, eos not counted: lengths (B,) -> (B,), (B,)."""
@@ -133,13 +137,12 @@ class JointBeamSearch(nn.Module):
         """-> frames of the longest utterance and tokens of the longest search, eos counted."""
         _, most = self.limits(lengths)
         frames, tokens = torch.stack([lengths.max(), most.max()]).tolist()
-        return frames, tokens + 1
+        return max(frames, 1), tokens + 1
 
     def begin(self, memory, lengths, frames, max_tokens):
-        """Read the memory: the search's `TokenStep`. `frames` and `max_tokens` are its sizes."""
+        """Read the memory: the search's `TokenStep`, of `sizes` or larger ones."""
         memory = zero_padding(memory, lengths)[:, :frames]
-        if frames == 0:
-            memory = F.pad(memory, (0, 0, 0, 1))
+        memory = F.pad(memory, (0, 0, 0, frames - memory.shape[1]))
         fewest, most = self.limits(lengths)
         # An empty utterance is read as one frame of zeros and may only end.
         lengths = lengths.clamp(min=1)

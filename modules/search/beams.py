@@ -41,7 +41,7 @@ class Beams:
         self.tokens = torch.full((rows,), bos_index, device=device)
         # One hypothesis to begin with: the others would be its copies.
         self.scores = torch.full((batch, beam_size), MINUS_INF, dtype=dtype, device=device)
-        self.scores[:, 0] = 0.0
+        self.scores[:, 0].zero_()
         self.first_row = (torch.arange(batch, device=device) * beam_size).unsqueeze(1)
         self.history = torch.zeros(max_tokens, 2, rows, dtype=torch.long, device=device)
         self.num_finished = torch.zeros(batch, 1, dtype=torch.long, device=device)

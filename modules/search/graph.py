@@ -1,8 +1,8 @@
-"""CUDA graph of a search's step: one launch a token in place of hundreds.
+"""CUDA graphs of a search: one launch reads the memory, and one a token extends all hypotheses.
 
-A step on a GPU is bound by its launches, each of a few microseconds of work. Where nothing changes
-shape from token to token, an early token's kernels are recorded and then replayed
-(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+A search on a GPU is bound by its launches, hundreds a token, each of a few microseconds of work.
+Where nothing changes shape from token to token they are recorded, once for all searches of a shape,
+and then replayed (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 """
 
 import contextlib
@@ -11,21 +11,20 @@ import weakref
 
 import torch
 
-# Tokens before a graph. After the first one states have the types that they keep; the second runs
-# kernels for these, which a search needs once.
-WARM_UP = 2
+from modules.casting import copy_cast
+from modules.few_shapes import FRAMES, TOKENS
+from modules.graphs import Ends
+
 CHECK_EVERY = 8  # tokens between two questions to a CUDA device whether the search is over
+LIMIT = 32  # graphs of a search, of the shapes that came last
 _capturing = threading.Lock()
 
 
 class _Thread(threading.local):
-    """What a thread keeps from search to search.
-
-    Streams, graphs whose memory is used again, and with which types a search has been recorded.
-    """
+    """What a thread keeps from search to search: its streams, and each search's `_Recordings`."""
 
     def __init__(self):
-        self.streams, self.graphs, self.recorded = {}, {}, weakref.WeakKeyDictionary()
+        self.streams, self.recordings = {}, weakref.WeakKeyDictionary()
 
 
 _thread = _Thread()
@@ -48,66 +47,169 @@ def side_stream(device):
         torch.cuda.current_stream().wait_stream(stream)
 
 
+def begin(search, memory, lengths, frames, max_tokens):
+    """As `search.begin`, by a graph where one can be: a step for `run`. Inside `side_stream`."""
+    if not (memory.is_cuda and capturable(search)):
+        return search.begin(memory, lengths, frames, max_tokens)
+    kind = kind_of(search, memory)
+    recordings = _thread.recordings.get(search)
+    if recordings is None or recordings.kind != kind:
+        types = state_types(search, memory, lengths)
+        recordings = _thread.recordings[search] = _Recordings(search, kind, types)
+    if recordings.types is None:
+        return search.begin(memory, lengths, frames, max_tokens)
+    return recordings.begin(memory, lengths, frames, max_tokens)
+
+
 def run(step, max_tokens):
-    """Call `step`, a `TokenStep`, until its search is over; inside `side_stream`."""
+    """Call `step`, a `TokenStep` or the graph of one, until its search is over."""
     cuda = step.beams.tokens.is_cuda
-    replay = step
     for token in range(max_tokens):
-        if cuda and replay is step and due(step, token):
-            replay = capture(step)
-        replay()
+        step()
         if (not cuda or (token + 1) % CHECK_EVERY == 0) and bool(step.beams.done()):
             break
 
 
-def due(step, token):
-    """Whether the step of this token is to be recorded."""
-    warm = token == WARM_UP or (token == 1 and recorded(step))
-    return warm and capturable(step)
+def release(search):
+    """Give back the memory of this thread's graphs of a search."""
+    _thread.recordings.pop(search, None)
 
 
-def capturable(step):
-    """Whether the next step has the same shapes as the steps before, which have run."""
-    return (
-        step.language_model is None
-        and not step.search.decoder.training
-        and [x.shape for x in leaves(step.state)] == [x.shape for x in leaves(step.start)]
-    )
+def capturable(search):
+    """Whether a search may be recorded, if its decoder's state does not grow."""
+    return search.language_model is None and not search.decoder.training
 
 
-def recorded(step):
-    """Whether this thread has recorded a step of the same search, with states of the same types."""
-    return types(step) in _thread.recorded.get(step.search, ())
-
-
-def types(step):
-    """What the choice of kernels depends on besides shapes."""
+def kind_of(search, memory):
+    """What a graph is recorded with besides shapes: another kind of search needs another graph."""
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-    return step.beams.tokens.device, autocast, tuple(x.dtype for x in leaves(step.state))
+    settings = [x for x in vars(search).items() if isinstance(x[1], int | float)]
+    # The addresses that it reads weights from.
+    weights = [(p.data_ptr(), p.dtype) for p in search.parameters()]
+    return memory.device, memory.dtype, autocast, settings, weights
 
 
-def capture(step):
-    """Record a step that writes over its own state -> a function that runs it.
+def state_types(search, memory, lengths):
+    """The types of a decoder's state from its first token on; None if the state grows."""
+    decoder, one = search.decoder, torch.ones_like(lengths[:1])
+    start = decoder.start(memory[:1, :1], one)
+    _, state = decoder.advance(one.unsqueeze(1), start)
+    if [x.shape for x in leaves(state)] != [x.shape for x in leaves(start)]:
+        return None
+    return [x.dtype for x in leaves(state)]
 
-    The first tokens, or those of an earlier search, have warmed up the libraries on this stream,
-    and compiled what is compiled. Under autocast the first of this search has made the cached
-    weights of low precision, which live until autocast ends, so longer than the graph is replayed.
-    What a graph leaves behind it is kept until the next one is there to use it.
+
+class _Recordings:
+    """A search's graphs by shapes, in the same memory: a search leaves nothing in it.
+
+    The graphs are those of a copy of the
+    search, which shares its weights: other threads may use the modules meanwhile. Under autocast
+    the copy holds those of matrix products in low precision, cast anew for each search and not for
+    each token.
     """
-    device = torch.cuda.current_device()
-    graph, former = torch.cuda.CUDAGraph(), _thread.graphs.get(device)
-    pool = () if former is None else (former.pool(),)
-    # Other threads, of a data loader for instance, may allocate meanwhile. `torch.cuda.graph`
-    # would also empty the allocator's cache, to be filled again by every search.
-    with _capturing:
-        graph.capture_begin(*pool, capture_error_mode="thread_local")
-        try:
+
+    def __init__(self, search, kind, types):
+        autocast = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if autocast else None
+        self.search, *self.casts = copy_cast(search, dtype)
+        self.kind, self.types, self.steps = kind, types, {}
+        self.pool, self.ends = torch.cuda.graph_pool_handle(), Ends()
+
+    def begin(self, memory, lengths, frames, max_tokens):
+        sizes = padded(frames, max_tokens)
+        shape = len(memory), *sizes
+        # What is recorded serves later calls too, of which some may be in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            step = self.steps.pop(shape, None)
+            if step is None:
+                step = self.record(memory, lengths, sizes)
+            self.steps[shape] = step  # the last one
+            if len(self.steps) > LIMIT:
+                del self.steps[next(iter(self.steps))]
+            step.begin(memory, lengths)
+        return step
+
+    def record(self, memory, lengths, sizes):
+        free, total = torch.cuda.mem_get_info()
+        if free < total / 8:  # a graph takes none of what the allocator keeps
+            torch.cuda.empty_cache()
+        with without_cast_cache():
+            self.cast()
+            warm_up(self.search, memory, lengths, sizes)
+            with _capturing:
+                return _Recorded(self, memory, lengths, sizes)
+
+    def cast(self):
+        if self.casts[0]:
+            torch._foreach_copy_(*self.casts)
+
+
+def padded(frames, max_tokens):
+    """Sizes of which there are few."""
+    return frames + -frames % FRAMES, max_tokens + -max_tokens % TOKENS
+
+
+def warm_up(search, memory, lengths, sizes):
+    """Compile what is compiled, and let libraries settle what they settle at first use.
+
+    After the first token states have the types that they keep; the second runs kernels for these.
+    """
+    step = search.begin(memory, lengths, *sizes)
+    step()
+    step()
+
+
+class _Recorded:
+    """Searches of one shape: `begin` reads a memory, and each call is one step, a `TokenStep`'s."""
+
+    def __init__(self, recordings, memory, lengths, sizes):
+        shape = len(memory), sizes[0], memory.shape[2]
+        self.memory = recordings.ends("memory", memory, shape)
+        self.lengths = torch.empty_like(lengths)
+        self.reading, self.token = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with capture(self.reading, recordings.pool):
+            recordings.cast()
+            step = recordings.search.begin(self.memory, self.lengths, *sizes)
+            step.state = as_types(step.state, iter(recordings.types))
+        with capture(self.token, recordings.pool):
             write_back(step)
-        finally:
-            graph.capture_end()
-    _thread.graphs[device] = graph
-    _thread.recorded.setdefault(step.search, set()).add(types(step))
-    return graph.replay
+        self.beams = step.beams
+
+    def begin(self, memory, lengths):
+        frames = min(memory.shape[1], self.memory.shape[1])
+        self.memory[:, :frames].copy_(memory[:, :frames])  # behind are no valid frames
+        self.lengths.copy_(lengths)
+        self.reading.replay()
+
+    def __call__(self):
+        self.token.replay()
+
+
+@contextlib.contextmanager
+def capture(graph, pool):
+    """Record what is launched within on the current stream.
+
+    Other threads, of a data loader for instance, may allocate meanwhile. `torch.cuda.graph` would
+    also wait for the device and empty the allocator's cache.
+    """
+    graph.capture_begin(pool, capture_error_mode="thread_local")
+    try:
+        yield
+    finally:
+        graph.capture_end()
+
+
+def without_cast_cache():
+    """Autocast as it is, but that no cast which is recorded is kept for what runs afterwards."""
+    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    return torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
+
+
+def as_types(state, types):
+    """A nested state with its tensors in these types."""
+    if isinstance(state, torch.Tensor):
+        return state.to(next(types))
+    return type(state)(as_types(part, types) for part in state)
 
 
 def write_back(step):

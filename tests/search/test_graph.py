@@ -1,5 +1,7 @@
 """On a GPU: the graph of a step gives what the steps give, and both what the CPU gives."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -12,11 +14,16 @@ pytestmark = [
 ]
 
 
+SHAPES = 4  # of `memories`, padded
+
+
 @pytest.fixture
-def captures(monkeypatch):
-    """How many steps were captured."""
-    taken, capture = [], graph.capture
-    monkeypatch.setattr(graph, "capture", lambda step: taken.append(step) or capture(step))
+def recorded(monkeypatch):
+    """The shapes that were recorded."""
+    taken, record = [], graph._Recordings.record
+    monkeypatch.setattr(
+        graph._Recordings, "record", lambda self, *x: taken.append(x[2]) or record(self, *x)
+    )
     return taken
 
 
@@ -28,7 +35,7 @@ def make_search(name, dtype, ctc_weight=0.4):
 
 
 def memories(dtype):
-    """Shapes that come, go and come again; the graph's memory is used by all of them."""
+    """Shapes that come, go and come again; the graphs' memory is used by all of them."""
     for seed, lengths in enumerate(
         [(40, 31), (90, 3, 0), (40, 31), (12,), (200, 180, 150), (40, 31)]
     ):
@@ -38,11 +45,11 @@ def memories(dtype):
 
 @pytest.mark.parametrize("ctc_weight", [0.0, 0.4])
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_gpu_finds_what_the_cpu_finds(name, ctc_weight, captures):
+def test_the_gpu_finds_what_the_cpu_finds(name, ctc_weight, recorded):
     """float64, so that nothing but an error can move a hypothesis."""
     search = make_search(name, torch.float64, ctc_weight)
     found = [search(*batch) for batch in memories(torch.float64)]
-    assert len(captures) == (6 if name == "mamba" else 0)
+    assert len(recorded) == (SHAPES if name == "mamba" else 0)
     search.cpu()
     for batch, (hypotheses, scores) in zip(memories(torch.float64), found, strict=True):
         expected = search(*(x.cpu() for x in batch))
@@ -52,20 +59,28 @@ def test_the_gpu_finds_what_the_cpu_finds(name, ctc_weight, captures):
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
-def test_a_graph_replays_what_the_steps_do(autocast, captures, monkeypatch):
+def test_graphs_replay_what_the_steps_do(autocast, recorded):
     search = make_search("mamba", torch.float32)
     with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None):
-        found = [search(*batch) for batch in memories(torch.float32)]
-    assert len(captures) == 6
-    monkeypatch.setattr(graph, "capturable", lambda step: False)
-    with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None):
-        expected = [search(*batch) for batch in memories(torch.float32)]
-    assert len(captures) == 6
+        for _ in range(2):
+            found = [search(*batch) for batch in memories(torch.float32)]
+        expected = [step_by_step(search, *batch) for batch in memories(torch.float32)]
+    assert len(recorded) == SHAPES
     for (hypotheses, scores), (expected_hypotheses, expected_scores) in zip(
         found, expected, strict=True
     ):
         assert hypotheses == expected_hypotheses
         assert scores == pytest.approx(expected_scores, abs=1e-4)
+
+
+@torch.no_grad()
+def step_by_step(search, memory, lengths):
+    """The search without graphs, of the size that they have."""
+    with graph.side_stream(memory.device):
+        frames, max_tokens = search.sizes(lengths)
+        step = search.begin(memory, lengths, *graph.padded(frames, max_tokens))
+        graph.run(step, max_tokens)
+        return step.beams.best()
 
 
 def test_searches_keep_no_memory():
@@ -88,3 +103,51 @@ def test_the_next_weights_are_the_ones_used():
         for parameter in search.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     assert search(*batch)[1] != before[1]
+
+
+def test_other_settings_and_weights_elsewhere_are_recorded_anew(recorded):
+    search = make_search("mamba", torch.float32)
+    batch = next(memories(torch.float32))
+    before = search(*batch)
+    search.ctc_weight = 0.0
+    assert search(*batch)[1] != before[1]
+    search.ctc_weight = 0.4
+    search.cpu().cuda()
+    assert search(*batch) == before
+    search.release()
+    assert search(*batch) == before
+    assert len(recorded) == 4
+
+
+def test_shapes_that_came_long_ago_are_forgotten(recorded, monkeypatch):
+    monkeypatch.setattr(graph, "LIMIT", 2)
+    search = make_search("mamba", torch.float32)
+    batches = list(memories(torch.float32))[:4]  # of three shapes, the first twice
+    found = [search(*batch) for batch in batches * 2]
+    assert found[:4] == found[4:]
+    assert len(recorded) == 5
+
+
+def test_inference_mode_may_come_and_go():
+    search = make_search("mamba", torch.float32)
+    batch = next(memories(torch.float32))
+    with torch.inference_mode():
+        found = search(*(x.clone() for x in batch))
+    assert search(*batch) == found
+    with torch.inference_mode():
+        assert search(*(x.clone() for x in batch)) == found
+
+
+def test_threads_have_graphs_of_their_own():
+    """Modules are shared: what one records disturbs no other that searches meanwhile."""
+    search = make_search("mamba", torch.float32)
+    batches = list(memories(torch.float32)) * 4
+
+    def run(_):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return [search(*batch) for batch in batches]
+
+    expected = run(None)
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(run, range(3)):
+            assert found == expected

@@ -44,12 +44,24 @@ def test_states_of_hypotheses_are_independent(layer):
 
 
 @torch.no_grad()
-def test_only_a_state_that_does_not_grow_is_captured():
-    for name, expected in (("mamba", True), ("transformer", False)):
+def test_only_a_state_that_does_not_grow_is_recorded():
+    memory = make_memory(0, lengths=(6, 5), padding=0.0)
+    for name, expected in (("mamba", [torch.int64] + [torch.float64] * 4), ("transformer", None)):
         search = JointBeamSearch(*make_parts(LAYERS[name], 9, 0), beam_size=3, ctc_weight=0.4)
-        step, _ = begin(search, *make_memory(0, lengths=(6, 5)))
-        step()
-        assert graph.capturable(step) == expected
+        assert graph.state_types(search, *memory) == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(9, 6, 0), (1,), (0, 0)])
+def test_a_search_of_padded_sizes_finds_the_same(layer, lengths):
+    """Graphs are of few sizes: frames and tokens that no utterance has change nothing."""
+    search = JointBeamSearch(*make_parts(layer, 9, 1), beam_size=4, ctc_weight=0.4)
+    memory, lengths = make_memory(1, lengths)
+    expected = search(memory, lengths)
+    frames, max_tokens = search.sizes(lengths)
+    step = search.begin(memory, lengths, *graph.padded(frames, max_tokens))
+    graph.run(step, max_tokens)
+    check_equal(step.beams.best(), expected, tolerance=1e-9)
 
 
 @torch.no_grad()
@@ -109,7 +121,7 @@ class OneDevice(TorchDispatchMode):
 
 @torch.no_grad()
 @pytest.mark.parametrize("ctc_weight", [0.0, 0.4])
-def test_a_step_never_asks_the_device(layer, ctc_weight, monkeypatch):
+def test_a_search_never_asks_the_device(layer, ctc_weight, monkeypatch):
     """On fake CUDA tensors, which have shapes and no values: a question to them is an error."""
     for operator in ("STEP", "PREFIX"):
         monkeypatch.setenv(f"MAMBA_ASR_{operator}_BACKEND", "torch")
@@ -119,9 +131,9 @@ def test_a_step_never_asks_the_device(layer, ctc_weight, monkeypatch):
             heads = torch.nn.Linear(D, 9), torch.nn.Linear(D, 9)
             memory, lengths = torch.randn(2, 7, D), torch.full((2,), 7)
         search = JointBeamSearch(decoder, *heads, beam_size=4, ctc_weight=ctc_weight)
-        step = search.begin(memory, lengths, 7, 8)
-        assert step.beams.tokens.device.type == "cuda"
         with OneDevice():
+            step = search.begin(memory, lengths, 7, 8)
+            assert step.beams.tokens.device.type == "cuda"
             for _ in range(3):
                 step()
         with pytest.raises(DataDependentOutputException):
