@@ -72,7 +72,8 @@ def run(step, max_tokens):
 
 def release(search):
     """Give back the memory of this thread's graphs of a search."""
-    _thread.recordings.pop(search, None)
+    if _thread.recordings.pop(search, None) is not None:
+        torch.cuda.empty_cache()  # which else keeps it for graphs of this search alone
 
 
 def capturable(search):
@@ -134,8 +135,9 @@ class _Recordings:
         if free < total / 8:  # a graph takes none of what the allocator keeps
             torch.cuda.empty_cache()
         with without_cast_cache():
-            self.cast()
-            warm_up(self.search, memory, lengths, sizes)
+            if not self.steps:
+                self.cast()
+                warm_up(self.search, memory, lengths, sizes)
             with _capturing:
                 return _Recorded(self, memory, lengths, sizes)
 
@@ -152,7 +154,7 @@ def padded(frames, max_tokens):
 def warm_up(search, memory, lengths, sizes):
     """Compile what is compiled, and let libraries settle what they settle at first use.
 
-    After the first token states have the types that they keep; the second runs kernels for these.
+    What another shape needs besides may be done while it is recorded. After the first token states have the types that they keep; the second runs kernels for these.
     """
     step = search.begin(memory, lengths, *sizes)
     step()
