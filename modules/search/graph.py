@@ -154,7 +154,8 @@ def padded(frames, max_tokens):
 def warm_up(search, memory, lengths, sizes):
     """Compile what is compiled, and let libraries settle what they settle at first use.
 
-    What another shape needs besides may be done while it is recorded. After the first token states have the types that they keep; the second runs kernels for these.
+    After the first token states have the types that they keep; the second runs kernels for these.
+    What another shape needs besides may be done while it is recorded.
     """
     step = search.begin(memory, lengths, *sizes)
     step()
