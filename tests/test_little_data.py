@@ -126,6 +126,27 @@ def test_lengths_of_transforms_are_few():
     assert len(set(lengths[16000:])) < 30
 
 
+@pytest.mark.parametrize(
+    ("device", "variable", "expected"),
+    [
+        ("cuda:0", None, ["expandable_segments:True"]),
+        ("cuda:0", "PYTORCH_ALLOC_CONF", []),
+        ("cuda", "PYTORCH_CUDA_ALLOC_CONF", []),
+        ("cpu", None, []),
+    ],
+)
+def test_memory_grows_unless_the_user_says_otherwise(device, variable, expected, monkeypatch):
+    given = []
+    monkeypatch.setattr(launch.sys, "platform", "linux")
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", given.append)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "backend:native")
+    launch.let_memory_grow(device)
+    assert given == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_of_all_sizes_do_not_fill_a_gpu():
