@@ -7,7 +7,7 @@
 Random weights of the shipped S2S recipes' sizes and noise for the encoder's output. Every search
 takes exactly --tokens tokens, since eos comes neither early nor late. A row is the median of whole
 searches, the reading of the memory included. On a GPU the Mamba decoder's are replayed as CUDA
-graphs, which the first search of a shape records; with --anew each search does.
+graphs, which the first search of a shape has recorded.
 The rows of --lengths show how the cost of a token grows with the number of tokens.
 --reference adds SpeechBrain's search over the same decoders, which the tests compare with.
 The last line is everything as JSON.
@@ -65,8 +65,6 @@ def time_search(search, memory, lengths, tokens, options):
 
     def run():
         device = torch.device(options.device).type
-        if options.anew:
-            search.release()
         with torch.autocast(device, dtype=precision, enabled=precision is not None):
             found[:] = search(memory, lengths)[0]
 
@@ -123,13 +121,10 @@ def parse():
     parser.add_argument("--frames", type=count, help="of the memory; 25 a second")
     parser.add_argument("--tokens", type=count)
     parser.add_argument("--lengths", type=int, nargs="*")
-    parser.add_argument("--anew", action="store_true", help="record each search, as of a new shape")
     parser.add_argument("--reference", action="store_true", help="SpeechBrain's search too")
     parser.add_argument("--repeats", type=count, default=10)
     parser.add_argument("--limit", type=float, default=6.0, help="seconds a row, roughly")
     options = parser.parse_args()
-    if options.anew and options.reference:
-        parser.error("--anew is of this project's search alone; leave --reference out")
     cuda = torch.device(options.device).type == "cuda"
     defaults = {
         "size": ("small", "large"),

@@ -51,14 +51,19 @@ def begin(search, memory, lengths, frames, max_tokens):
     """As `search.begin`, by a graph where one can be: a step for `run`. Inside `side_stream`."""
     if not (memory.is_cuda and capturable(search)):
         return search.begin(memory, lengths, frames, max_tokens)
-    kind = kind_of(search, memory)
-    recordings = _thread.recordings.get(search)
-    if recordings is None or recordings.kind != kind:
-        types = state_types(search, memory, lengths)
-        recordings = _thread.recordings[search] = _Recordings(search, kind, types)
-    if recordings.types is None:
-        return search.begin(memory, lengths, frames, max_tokens)
-    return recordings.begin(memory, lengths, frames, max_tokens)
+    # What is recorded serves later calls too, of which some may be in inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        kind, recordings = kind_of(search, memory), _thread.recordings.get(search)
+        if recordings is None or recordings.kind != kind:
+            types = state_types(search, memory, lengths)
+            recordings = _thread.recordings[search] = _Recordings(search, kind, types)
+        if recordings.types is not None:
+            try:
+                return recordings.begin(memory, lengths, frames, max_tokens)
+            except BaseException:  # nothing more is recorded in a pool that lacks a graph
+                release(search)
+                raise
+    return search.begin(memory, lengths, frames, max_tokens)
 
 
 def run(step, max_tokens):
@@ -103,31 +108,30 @@ def state_types(search, memory, lengths):
 class _Recordings:
     """A search's graphs by shapes, in the same memory: a search leaves nothing in it.
 
-    The graphs are those of a copy of the
-    search, which shares its weights: other threads may use the modules meanwhile. Under autocast
-    the copy holds those of matrix products in low precision, cast anew for each search and not for
-    each token.
+    They are those of a copy of the search, which shares its weights: other threads may use the
+    modules meanwhile. Under autocast the copy holds those of matrix products in low precision, cast
+    anew for each search and not for each token.
     """
 
     def __init__(self, search, kind, types):
+        self.kind, self.types, self.steps = kind, types, {}
+        if types is None:
+            return  # nothing will be recorded
         autocast = torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if autocast else None
         self.search, *self.casts = copy_cast(search, dtype)
-        self.kind, self.types, self.steps = kind, types, {}
         self.pool, self.ends = torch.cuda.graph_pool_handle(), Ends()
 
     def begin(self, memory, lengths, frames, max_tokens):
         sizes = padded(frames, max_tokens)
         shape = len(memory), *sizes
-        # What is recorded serves later calls too, of which some may be in inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            step = self.steps.pop(shape, None)
-            if step is None:
-                step = self.record(memory, lengths, sizes)
-            self.steps[shape] = step  # the last one
-            if len(self.steps) > LIMIT:
-                del self.steps[next(iter(self.steps))]
-            step.begin(memory, lengths)
+        step = self.steps.pop(shape, None)
+        if step is None:
+            step = self.record(memory, lengths, sizes)
+        self.steps[shape] = step  # the last one
+        if len(self.steps) > LIMIT:
+            del self.steps[next(iter(self.steps))]
+        step.begin(memory, lengths)
         return step
 
     def record(self, memory, lengths, sizes):

@@ -128,14 +128,16 @@ def test_shapes_that_came_long_ago_are_forgotten(recorded, monkeypatch):
     assert len(recorded) == 5
 
 
-def test_inference_mode_may_come_and_go():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_inference_mode_may_come_and_go(autocast):
     search = make_search("mamba", torch.float32)
     batch = next(memories(torch.float32))
-    with torch.inference_mode():
-        found = search(*(x.clone() for x in batch))
-    assert search(*batch) == found
-    with torch.inference_mode():
-        assert search(*(x.clone() for x in batch)) == found
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+        with torch.inference_mode():
+            found = search(*(x.clone() for x in batch))
+        assert search(*batch) == found
+        with torch.inference_mode():
+            assert search(*(x.clone() for x in batch)) == found
 
 
 def test_threads_have_graphs_of_their_own():

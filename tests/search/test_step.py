@@ -81,6 +81,44 @@ def test_a_step_in_fixed_memory_equals_one_in_new_memory(ctc_weight, monkeypatch
     check_equal(step.beams.best(), expected, tolerance=1e-9)
 
 
+class NoGraph:
+    """Where a CUDA graph would record: what is run has been run once."""
+
+    def capture_begin(self, pool, capture_error_mode):
+        pass
+
+    def capture_end(self):
+        pass
+
+    def replay(self):
+        pass
+
+
+@torch.no_grad()
+def test_what_is_recorded_is_the_search(monkeypatch):
+    """A reading and a token, run as they are recorded: the following tokens find the same."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", NoGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 1))
+    steps, write_back = [], graph.write_back
+    monkeypatch.setattr(graph, "write_back", lambda step: steps.append(step) or write_back(step))
+    search = JointBeamSearch(*make_parts(LAYERS["mamba"], 9, 1), beam_size=4, ctc_weight=0.4)
+    memory, lengths = make_memory(1, lengths=(9, 6, 0))
+    expected = search(memory, lengths)
+    types = graph.state_types(search, memory, lengths)
+    recordings = graph._Recordings(search, graph.kind_of(search, memory), types)
+    recordings.ends("memory", memory, (3, 64, D)).copy_(0).narrow(1, 0, 11).copy_(memory)
+    monkeypatch.setattr(torch, "empty_like", lambda x: x.clone())  # of the lengths
+    recorded = recordings.begin(memory, lengths, *search.sizes(lengths))
+    (step,) = steps
+    assert recorded.beams is step.beams
+    for _ in range(9):
+        write_back(step)
+    check_equal(recorded.beams.best(), expected, tolerance=1e-9)
+    recordings.begin(memory, lengths, *search.sizes(lengths))
+    assert len(steps) == len(recordings.steps) == 1
+
+
 def tensors_of(step):
     """What a step reads that it has not made itself."""
     held = [*vars(step.beams).values(), *flatten(step.state)]
