@@ -98,7 +98,8 @@ def measure_decoder(decoder, table, options):
         row = measure.attempt(time_search, search, memory, lengths, tokens, options)
         about = {"decoder": decoder, "search": name, "ctc": ctc, "tokens": tokens}
         table.add({"model": describe(**about), **about, **row})
-        measure.free()  # of graphs
+        del search  # and its graphs
+        measure.free()
 
 
 def describe(decoder, search, ctc, tokens):
