@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from inference.server import streams
 from inference.server.events import Events, events_of
 from inference.server.limits import RefusedError
+from inference.server.lingering import Lingering
 from inference.server.replies import REPLIES, reply, wanted
 from inference.server.service import bearer
 from inference.server.uploads import received, told, unless_left
@@ -47,6 +48,7 @@ def create_app(service):
 
     # The interactive API pages would load scripts from elsewhere.
     app = FastAPI(title="Mamba-ASR", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Lingering)
     app.add_exception_handler(RefusedError, refusal)
     app.add_exception_handler(HTTPException, refusal_of_framework)
     add_state(app, service)

@@ -163,6 +163,15 @@ def post(url, content, name="a.wav", **fields):
         return error.code, error.headers, json.loads(error.read())
 
 
+def begin(url, content, sent=1.0):
+    """A client, as a socket, that has sent this share of a transcription request."""
+    body, kind = form(content)
+    head = f"POST /v1/audio/transcriptions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    client = socket.create_connection(address(url), WAIT)
+    client.sendall(f"{head}content-type: {kind}\r\n\r\n".encode() + body[: int(len(body) * sent)])
+    return client
+
+
 def address(url):
     host, _, port = url.removeprefix("http://").partition(":")
     return host, int(port)

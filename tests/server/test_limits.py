@@ -16,7 +16,7 @@ import soundfile as sf
 from inference.server.limits import Limits
 from tests.recipes.packages import RATE, SENTENCES, said
 from tests.server import servers
-from tests.server.servers import address, form, get, post, served, until
+from tests.server.servers import address, begin, form, get, post, served, until
 from tests.server.test_transcriptions import recording
 
 GOOD = recording(said(SENTENCES[0]))[1]
@@ -72,6 +72,36 @@ def test_a_declared_size_is_refused_before_the_body():
             )
             assert client.recv(1000).startswith(b"HTTP/1.1 413")
         nothing_left(service)
+
+
+@pytest.mark.parametrize("refused", ["key", "size", "route"])
+def test_a_refusal_is_read_by_who_still_sends(refused):
+    """The rest is sent after the answer came: a closed connection would reset it."""
+    body, kind = form(bytes(3_000_000))
+    path = "/v1/nowhere" if refused == "route" else "/v1/audio/transcriptions"
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: {kind}\r\n"
+    options = {"key": {"api_key": "secret"}, "size": {"limits": Limits(upload=100_000)}, "route": {}}
+    with served(**options[refused]) as service:
+        with socket.create_connection(address(service.url), servers.WAIT) as client:
+            client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body[:500])
+            assert client.recv(1, socket.MSG_PEEK) == b"H"
+            for start in range(500, len(body), 100_000):
+                client.sendall(body[start : start + 100_000])
+            found = b"".join(iter(lambda: client.recv(1000), b""))
+            expected = {"key": b"401", "size": b"413", "route": b"404"}[refused]
+            assert found.startswith(b"HTTP/1.1 " + expected) and found.endswith(b"}")
+        nothing_left(service)
+
+
+def test_a_client_that_sends_no_more_is_let_go(monkeypatch):
+    monkeypatch.setattr("inference.server.lingering.IDLE", 0.2)
+    with served(api_key="secret") as service:
+        for more in ("", "expect: 100-continue\r\n"):  # one that waits to be asked sends nothing
+            with socket.create_connection(address(service.url), servers.WAIT) as client:
+                head = "POST /v1/audio/transcriptions HTTP/1.1\r\nhost: x\r\nconnection: close"
+                client.sendall(f"{head}\r\n{more}content-length: 99\r\n\r\nab".encode())
+                found = b"".join(iter(lambda: client.recv(1000), b""))
+                assert found.startswith(b"HTTP/1.1 401") and found.endswith(b"}")
 
 
 def test_chunked_uploads_are_counted():
@@ -201,17 +231,8 @@ def test_what_takes_too_long():
 # ---- Those who leave ----
 
 
-def begin(service, sent=1.0):
-    """A client that has sent a part of its request."""
-    body, kind = form(GOOD)
-    head = f"POST /v1/audio/transcriptions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
-    client = socket.create_connection(address(service.url))
-    client.sendall(f"{head}content-type: {kind}\r\n\r\n".encode() + body[: int(len(body) * sent)])
-    return client
-
-
 def test_a_client_that_leaves_while_it_sends(slow):
-    client = begin(slow, 0.5)
+    client = begin(slow.url, GOOD, 0.5)
     busy(slow, 1)
     client.close()
     nothing_left(slow)
@@ -219,14 +240,14 @@ def test_a_client_that_leaves_while_it_sends(slow):
 
 
 def test_a_client_that_leaves_while_it_waits(slow):
-    blocker = begin(slow)  # its window is in the model's hands
+    blocker = begin(slow.url, GOOD)  # its window is in the model's hands
     until(lambda: slow.asked == [1])
     with ThreadPoolExecutor(1) as clients:
         other = clients.submit(post, slow.url, GOOD)
         busy(slow, 2)
         blocker.close()
         busy(slow, 1)
-        third = begin(slow)
+        third = begin(slow.url, GOOD)
         until(lambda: len(slow.batcher.waiting) == 2)
         third.close()
         busy(slow, 1)

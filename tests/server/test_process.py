@@ -10,7 +10,7 @@ import pytest
 
 import serve as script
 from tests.recipes.causal import causal_package, speech
-from tests.server.servers import Process, metric, post, status, until
+from tests.server.servers import Process, begin, form, metric, post, status, until
 from tests.server.test_transcriptions import recording
 
 
@@ -28,19 +28,24 @@ def test_sigterm_lets_what_runs_end():
     server = Process(causal_package(), "--log-transcripts", "--batch-size", 1)
     x, _ = speech(6)
     long = recording(np.tile(x, 2))[1]
-    with ThreadPoolExecutor(2) as clients:
+    with ThreadPoolExecutor(2) as clients, begin(server.url, long, 0.5) as sending:
+        until(lambda: metric(server.url, "queue") == 1)
         running = [clients.submit(post, server.url, long) for _ in range(2)]
-        until(lambda: metric(server.url, "queue") == 2)
+        until(lambda: metric(server.url, "queue") == 3)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: status(f"{server.url}/ready") == 503)  # to whoever comes now
         answer, headers, _ = post(server.url, long)
         assert answer == 503 and int(headers["Retry-After"]) > 0
         found = [r.result() for r in running]
+        assert server.process.poll() is None  # it waits for the upload
+        body = form(long)[0]
+        sending.sendall(body[len(body) // 2 :])
+        assert sending.recv(1000).startswith(b"HTTP/1.1 200")
     assert server.process.wait(60) == 0
     assert [f[0] for f in found] == [200] * 2
     assert len({f[2]["text"] for f in found}) == 1 and len(found[0][2]["text"]) > 100
     log = server.log()
-    assert "stopping; 2 requests and 0 streams may end" in log
+    assert "stopping; 3 requests and 0 streams may end" in log
     assert found[0][2]["text"][:50] in log  # it was told to log what was said
     assert "Traceback" not in log
     assert not list(server.temporary.iterdir())
