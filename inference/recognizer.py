@@ -88,16 +88,22 @@ class Recognizer(Listener):
     def words(self, signals):
         """Signals, each (N,) float32 at the model's rate -> their lists of `Word`."""
         try:
-            x, lengths = self._encode(signals)
-            tokens, log_probs = self._search(x, lengths)
+            return self._words(signals)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            longest = max(len(s) for s in signals) / self.sample_rate
-            raise UserError(
-                f"{len(signals)} pieces of up to {longest:.1f} s do not fit into the memory of "
-                f"{self.device}; give a smaller batch_size, or smaller chunk_seconds"
-            ) from None
+        # Out of the handler: the error holds all that was computed.
+        if "decoder" in self.model:
+            self.search.release()
+        longest = max(len(s) for s in signals) / self.sample_rate
+        raise UserError(
+            f"{len(signals)} pieces of up to {longest:.1f} s do not fit into the memory of "
+            f"{self.device}; give a smaller batch_size, or smaller chunk_seconds"
+        )
+
+    def _words(self, signals):
+        x, lengths = self._encode(signals)
+        tokens, log_probs = self._search(x, lengths)
         hop = self.seconds_per_frame
         return [
             align(ids, y[:length], hop, len(s) / self.sample_rate, self.tokenizer)

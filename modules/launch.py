@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import logging
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -229,10 +230,12 @@ def let_memory_grow(device):
     """Let PyTorch's allocator map memory to the end of what it has, in place of further pieces.
 
     Batches of many sizes leave gaps between pieces, and so do CUDA graphs: half a gigabyte of 3.9
-    of ConMamba-L's. What the user has set about the allocator stays.
+    of ConMamba-L's. What the user has set about the allocator stays. In Windows' Linux the first
+    allocation may fail so (github.com/pytorch/pytorch/issues/192330).
     """
     set_by_user = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
-    if device.startswith("cuda") and sys.platform == "linux" and not set_by_user:
+    able = sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    if device.startswith("cuda") and able and not set_by_user:
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 

@@ -127,17 +127,19 @@ def test_lengths_of_transforms_are_few():
 
 
 @pytest.mark.parametrize(
-    ("device", "variable", "expected"),
+    ("device", "variable", "kernel", "expected"),
     [
-        ("cuda:0", None, ["expandable_segments:True"]),
-        ("cuda:0", "PYTORCH_ALLOC_CONF", []),
-        ("cuda", "PYTORCH_CUDA_ALLOC_CONF", []),
-        ("cpu", None, []),
+        ("cuda:0", None, "6.8.0-45-generic", ["expandable_segments:True"]),
+        ("cuda:0", None, "5.15.167.4-microsoft-standard-WSL2", []),
+        ("cuda:0", "PYTORCH_ALLOC_CONF", "6.8.0-45-generic", []),
+        ("cuda", "PYTORCH_CUDA_ALLOC_CONF", "6.8.0-45-generic", []),
+        ("cpu", None, "6.8.0-45-generic", []),
     ],
 )
-def test_memory_grows_unless_the_user_says_otherwise(device, variable, expected, monkeypatch):
+def test_memory_grows_unless_told_otherwise(device, variable, kernel, expected, monkeypatch):
     given = []
     monkeypatch.setattr(launch.sys, "platform", "linux")
+    monkeypatch.setattr(launch.platform, "release", lambda: kernel)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", given.append)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)

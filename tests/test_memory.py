@@ -1,14 +1,17 @@
 """Device memory that runs out: the batch in halves with the same gradient, then a key to lower."""
 
 import logging
+import weakref
 
 import pytest
 import torch
 
 import train_CTC
+from inference import Recognizer
 from modules.errors import UserError
 from modules.memory import halves, out_of_memory
 from tests.recipes import runs
+from tests.recipes.packages import trained
 from tests.test_numbers import same, state
 
 CTC = "CTC/conmamba_tiny.yaml"
@@ -108,6 +111,25 @@ def test_validation_and_test_name_their_own_keys(tmp_path, monkeypatch):
     runs.train(CTC, tmp_path, **options)
     with pytest.raises(UserError, match="lower --test_batch_size or --test_beam_size"):
         runs.train(CTC, tmp_path, skip_train=True, test_splits="[train]")
+
+
+def test_a_recognizer_keeps_nothing_of_what_did_not_fit(monkeypatch):
+    """So that fewer recordings do fit, while the caller still holds the error."""
+    recognizer, kept = Recognizer.from_folder(trained("s2s")[1], "cpu"), []
+    release = recognizer.search.release
+
+    def fail(x, lengths):
+        kept.append(weakref.ref(x))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(recognizer.search, "release", lambda: kept.append("released") or release())
+    monkeypatch.setattr(recognizer, "_search", fail)
+    with pytest.raises(UserError, match=r"2 pieces of up to 1\.0 s do not fit into"):
+        try:
+            recognizer.words([torch.zeros(16000), torch.zeros(8000)])
+        except UserError:
+            assert kept[0]() is None and kept[1:] == ["released"]
+            raise
 
 
 def test_other_errors_are_not_memory():

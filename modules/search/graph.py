@@ -5,6 +5,7 @@ Where nothing changes shape from token to token they are recorded, once for all 
 and then replayed (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 """
 
+import collections
 import contextlib
 import threading
 import weakref
@@ -17,7 +18,17 @@ from modules.graphs import Ends
 
 CHECK_EVERY = 8  # tokens between two questions to a CUDA device whether the search is over
 LIMIT = 32  # graphs of a search, of the shapes that came last
-_capturing = threading.Lock()
+_capturing = threading.Lock()  # also of graphs that go: a generator lists its own without a lock
+_idle = collections.defaultdict(list)
+
+
+def give_back(streams):
+    """Keep the streams of a thread that ended, by device, for threads to come.
+
+    PyTorch has 32, and would give the next thread one that a living thread may be capturing.
+    """
+    for index, stream in streams.items():
+        _idle[index].append(stream)
 
 
 class _Thread(threading.local):
@@ -25,6 +36,7 @@ class _Thread(threading.local):
 
     def __init__(self):
         self.streams, self.recordings = {}, weakref.WeakKeyDictionary()
+        weakref.finalize(threading.current_thread(), give_back, self.streams).atexit = False
 
 
 _thread = _Thread()
@@ -39,31 +51,48 @@ def side_stream(device):
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
         if index not in _thread.streams:
-            _thread.streams[index] = torch.cuda.Stream()
+            with _capturing:
+                idle = _idle[index]
+                _thread.streams[index] = idle.pop() if idle else torch.cuda.Stream()
         stream = _thread.streams[index]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            yield
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:  # after an error too: what still runs reads the caller's tensors
+            torch.cuda.current_stream().wait_stream(stream)
 
 
 def begin(search, memory, lengths, frames, max_tokens):
     """As `search.begin`, by a graph where one can be: a step for `run`. Inside `side_stream`."""
-    if not (memory.is_cuda and capturable(search)):
-        return search.begin(memory, lengths, frames, max_tokens)
-    # What is recorded serves later calls too, of which some may be in inference mode.
-    with torch.inference_mode(False), torch.no_grad():
-        kind, recordings = kind_of(search, memory), _thread.recordings.get(search)
-        if recordings is None or recordings.kind != kind:
-            types = state_types(search, memory, lengths)
-            recordings = _thread.recordings[search] = _Recordings(search, kind, types)
-        if recordings.types is not None:
-            try:
-                return recordings.begin(memory, lengths, frames, max_tokens)
-            except BaseException:  # nothing more is recorded in a pool that lacks a graph
-                release(search)
-                raise
-    return search.begin(memory, lengths, frames, max_tokens)
+    step = None
+    if memory.is_cuda and capturable(search):
+        # What is recorded serves later calls too, of which some may be in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            step = recorded(search, memory, lengths, padded(frames, max_tokens))
+    return search.begin(memory, lengths, frames, max_tokens) if step is None else step
+
+
+def recorded(search, memory, lengths, sizes):
+    """A search by graphs; None where its state grows or memory is too short for its graphs."""
+    kind, recordings = kind_of(search, memory), _thread.recordings.get(search)
+    if recordings is None or recordings.kind != kind:
+        release(search)
+        types = state_types(search, memory, lengths)
+        recordings = _thread.recordings[search] = _Recordings(kind, types)
+    shape = len(memory), *sizes
+    if recordings.types is None or shape in recordings.too_large:
+        return None
+    try:
+        return recordings.begin(search, memory, lengths, sizes)
+    except BaseException as error:  # nothing more is recorded in a pool that lacks a graph
+        recordings.clear()
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+    # Out of the handler, so that the error no longer holds what was recorded.
+    torch.cuda.empty_cache()
+    recordings.too_large.add(shape)
+    return None
 
 
 def run(step, max_tokens):
@@ -77,7 +106,9 @@ def run(step, max_tokens):
 
 def release(search):
     """Give back the memory of this thread's graphs of a search."""
-    if _thread.recordings.pop(search, None) is not None:
+    recordings = _thread.recordings.pop(search, None)
+    if recordings is not None:
+        recordings.clear()
         torch.cuda.empty_cache()  # which else keeps it for graphs of this search alone
 
 
@@ -113,37 +144,45 @@ class _Recordings:
     anew for each search and not for each token.
     """
 
-    def __init__(self, search, kind, types):
-        self.kind, self.types, self.steps = kind, types, {}
-        if types is None:
-            return  # nothing will be recorded
+    def __init__(self, kind, types):
+        self.kind, self.types, self.too_large = kind, types, set()
+        self.clear()
+
+    def clear(self):
+        """Let go of all graphs and of their memory."""
+        with _capturing:
+            self.steps, self.search, self.casts, self.pool, self.ends = {}, None, None, None, None
+
+    def begin(self, search, memory, lengths, sizes):
+        shape = len(memory), *sizes
+        step = self.steps.pop(shape, None)
+        if step is None:
+            step = self.record(search, memory, lengths, sizes)
+        self.steps[shape] = step  # the last one
+        if len(self.steps) > LIMIT:
+            with _capturing:
+                del self.steps[next(iter(self.steps))]
+        step.begin(memory, lengths)
+        return step
+
+    def record(self, search, memory, lengths, sizes):
+        with without_cast_cache():
+            first = self.search is None
+            if first:
+                self.prepare(search, memory, lengths, sizes)
+            free, total = torch.cuda.mem_get_info()
+            if first or free < total / 8:  # a graph takes none of what the allocator keeps
+                torch.cuda.empty_cache()
+            with _capturing:
+                return _Recorded(self, memory, lengths, sizes)
+
+    def prepare(self, search, memory, lengths, sizes):
         autocast = torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if autocast else None
         self.search, *self.casts = copy_cast(search, dtype)
         self.pool, self.ends = torch.cuda.graph_pool_handle(), Ends()
-
-    def begin(self, memory, lengths, frames, max_tokens):
-        sizes = padded(frames, max_tokens)
-        shape = len(memory), *sizes
-        step = self.steps.pop(shape, None)
-        if step is None:
-            step = self.record(memory, lengths, sizes)
-        self.steps[shape] = step  # the last one
-        if len(self.steps) > LIMIT:
-            del self.steps[next(iter(self.steps))]
-        step.begin(memory, lengths)
-        return step
-
-    def record(self, memory, lengths, sizes):
-        free, total = torch.cuda.mem_get_info()
-        if free < total / 8:  # a graph takes none of what the allocator keeps
-            torch.cuda.empty_cache()
-        with without_cast_cache():
-            if not self.steps:
-                self.cast()
-                warm_up(self.search, memory, lengths, sizes)
-            with _capturing:
-                return _Recorded(self, memory, lengths, sizes)
+        self.cast()
+        warm_up(self.search, memory, lengths, sizes)
 
     def cast(self):
         if self.casts[0]:

@@ -112,11 +112,38 @@ def test_other_settings_and_weights_elsewhere_are_recorded_anew(recorded):
     search.ctc_weight = 0.0
     assert search(*batch)[1] != before[1]
     search.ctc_weight = 0.4
-    search.cpu().cuda()
     assert search(*batch) == before
+    weights = list(search.parameters())  # kept, so that no other lies where they do
+    search.load_state_dict({k: 1.1 * x for k, x in search.state_dict().items()}, assign=True)
+    assert search(*batch)[1] != before[1]
+    search.load_state_dict({k: x / 1.1 for k, x in search.state_dict().items()}, assign=True)
+    assert search(*batch)[1] == pytest.approx(before[1], abs=1e-3)
+    assert len(recorded) == 5 and len(weights) == len(list(search.parameters()))
     search.release()
-    assert search(*batch) == before
-    assert len(recorded) == 4
+    search(*batch)
+    assert len(recorded) == 6
+
+
+def test_where_memory_is_short_the_steps_are_taken(recorded, monkeypatch):
+    """The graph of a token does not fit: the search goes on without, also for the next of it."""
+    search = make_search("mamba", torch.float32)
+    batches = list(memories(torch.float32))
+    expected = [search(*batch) for batch in batches]
+    search.release()
+    recorded.clear()
+    write_back = graph.write_back
+
+    def fail(step):
+        if step.beams.tokens.shape[0] == 2:
+            torch.empty(2**50, dtype=torch.uint8, device="cuda")
+        write_back(step)
+
+    monkeypatch.setattr(graph, "write_back", fail)
+    for _ in range(2):
+        for batch, (hypotheses, scores) in zip(batches, expected, strict=True):
+            found = search(*batch)
+            assert found[0] == hypotheses and found[1] == pytest.approx(scores, abs=1e-4)
+    assert len(recorded) == SHAPES
 
 
 def test_shapes_that_came_long_ago_are_forgotten(recorded, monkeypatch):

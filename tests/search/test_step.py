@@ -1,5 +1,10 @@
 """A step of the search: the memory is read once, states have fixed shapes, no host is asked."""
 
+import collections
+import gc
+import threading
+import weakref
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -94,29 +99,85 @@ class NoGraph:
         pass
 
 
-@torch.no_grad()
-def test_what_is_recorded_is_the_search(monkeypatch):
-    """A reading and a token, run as they are recorded: the following tokens find the same."""
+@pytest.fixture
+def no_graph(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", NoGraph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 1))
+
+
+@torch.no_grad()
+def test_what_is_recorded_is_the_search(no_graph, monkeypatch):
+    """A reading and a token, run as they are recorded: the following tokens find the same."""
     steps, write_back = [], graph.write_back
     monkeypatch.setattr(graph, "write_back", lambda step: steps.append(step) or write_back(step))
     search = JointBeamSearch(*make_parts(LAYERS["mamba"], 9, 1), beam_size=4, ctc_weight=0.4)
     memory, lengths = make_memory(1, lengths=(9, 6, 0))
     expected = search(memory, lengths)
+    sizes = graph.padded(*search.sizes(lengths))
     types = graph.state_types(search, memory, lengths)
-    recordings = graph._Recordings(search, graph.kind_of(search, memory), types)
+    recordings = graph._Recordings(graph.kind_of(search, memory), types)
+    recordings.prepare(search, memory, lengths, sizes)
     recordings.ends("memory", memory, (3, 64, D)).copy_(0).narrow(1, 0, 11).copy_(memory)
     monkeypatch.setattr(torch, "empty_like", lambda x: x.clone())  # of the lengths
-    recorded = recordings.begin(memory, lengths, *search.sizes(lengths))
+    recorded = recordings.begin(search, memory, lengths, sizes)
     (step,) = steps
     assert recorded.beams is step.beams
     for _ in range(9):
         write_back(step)
     check_equal(recorded.beams.best(), expected, tolerance=1e-9)
-    recordings.begin(memory, lengths, *search.sizes(lengths))
+    recordings.begin(search, memory, lengths, sizes)
     assert len(steps) == len(recordings.steps) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_what_cannot_be_recorded_leaves_nothing(error, no_graph, monkeypatch):
+    """In the second shape's token: the first shape's graphs go too, as they share its memory."""
+    search = JointBeamSearch(*make_parts(LAYERS["mamba"], 9, 1), beam_size=4, ctc_weight=0.4)
+    batches = [make_memory(seed, lengths) for seed, lengths in enumerate([(9, 6), (3,), (2, 2, 2)])]
+    captures, failing, steps = [], [4], []
+
+    def capture_begin(self, pool, capture_error_mode):
+        captures.append(pool)
+        if len(captures) in failing:
+            raise error
+
+    def recorded(memory, lengths):
+        step = graph.recorded(search, memory, lengths, (64, 32))
+        return step if step is None else steps.append(weakref.ref(step))
+
+    monkeypatch.setattr(NoGraph, "capture_begin", capture_begin)
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)  # of the lengths
+    recorded(*batches[0])
+    recordings = graph._thread.recordings[search]
+    copy = weakref.ref(recordings.search)
+    assert len(captures) == 2 and steps[0]() is not None
+    if error is torch.OutOfMemoryError:
+        assert recorded(*batches[1]) is None
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            recorded(*batches[1])
+    assert len(captures) == 4 and not recordings.steps
+    assert steps[0]() is None and copy() is None
+    # What was too large is not tried again; all else is.
+    recorded(*batches[1])
+    assert len(captures) == (4 if error is torch.OutOfMemoryError else 6)
+    recorded(*batches[2])
+    assert recordings.steps.keys() >= {(3, 64, 32)}
+    search.release()
+    assert not recordings.steps and search not in graph._thread.recordings
+
+
+def test_streams_of_a_thread_that_ended_serve_another(monkeypatch):
+    monkeypatch.setattr(graph, "_idle", collections.defaultdict(list))
+    thread = threading.Thread(target=lambda: graph._thread.streams.update({1: "stream"}))
+    thread.start()
+    thread.join()
+    assert not graph._idle
+    del thread
+    gc.collect()
+    assert graph._idle == {1: ["stream"]}
 
 
 def tensors_of(step):
