@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from modules.ops.causal_conv1d import triton
+from tests.ops.interpreter import quicken
 
 INTERPRETED = triton.interpreting()
+if INTERPRETED:
+    quicken()
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 installed = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton comes for Linux alone"
