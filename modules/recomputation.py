@@ -7,7 +7,6 @@ traffic: norms, activations, dropout, gates and residual sums. Kept is what is s
 from functools import partial
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -41,6 +40,9 @@ def is_short(_, weight):
     d_ffn of 2048 the longer ones are seven tenths of what a ConMamba layer's products give, for
     half of their work.
     """
+    # Here, where a compiler has it already: its import is half a second of every command's start.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     inner, outer = weight.shape[-2:]
     return statically_known_true(outer <= 2 * inner)  # sizes of a batch are not known
 

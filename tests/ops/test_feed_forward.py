@@ -184,6 +184,15 @@ def test_another_activation_is_left_to_pytorch(monkeypatch):
         assert pass_layers(network, x).shape == x.shape
 
 
+def test_fits_is_marked_as_pytorch_marks_it():
+    """Set by hand, as asking PyTorch for it imports the compiler."""
+
+    def other():
+        pass
+
+    assert vars(torch.compiler.assume_constant_result(other)) == vars(triton.fits)
+
+
 def test_sizes():
     assert triton.parts_of(144) == ((128, 16), (0, 128))
     assert triton.parts_of(240) == ((128, 64, 32, 16), (0, 128, 192, 224))

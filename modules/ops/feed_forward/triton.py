@@ -15,7 +15,6 @@ SHARED = 232448  # bytes of shared memory that a program may have, and nearly th
 MULTIPROCESSORS = 132
 
 
-@torch.compiler.assume_constant_result  # which a graph asks once, when it is made
 def fits(channels, hidden, on_gpu):
     """Whether there is a kernel for D channels and so many hidden ones.
 
@@ -26,6 +25,11 @@ def fits(channels, hidden, on_gpu):
     sizes = channels % 16 == 0 and 16 <= channels <= 256 and hidden % 64 == 0
     # Others have less shared memory, or multiply otherwise, and nobody measured it there.
     return sizes and (not on_gpu or torch.cuda.get_device_capability()[0] == 9)
+
+
+# A graph asks once, when it is made. It is what `torch.compiler.assume_constant_result` sets, which
+# imports TorchDynamo: two seconds of every command's start.
+fits._dynamo_marked_constant = True
 
 
 def parts_of(channels):
