@@ -232,8 +232,8 @@ def check_prepared():
     ],
 )
 def test_compiled_code_computes_the_same(check):
-    code = f"import tests.ops.interpreted; from tests.test_compile import *; {check}"
-    command = [sys.executable, "-c", code]
+    code = f"quicken(); from tests.test_compile import *; {check}"
+    command = [sys.executable, "-c", f"from tests.ops.interpreter import quicken; {code}"]
     result = subprocess.run(
         command,
         cwd=ROOT,
